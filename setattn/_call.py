@@ -1,0 +1,40 @@
+"""The boundary of a public call: what its arrays have in common, and the precision it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from setattn._errors import DTypeError, NamespaceError
+from setattn._namespace import bits_of, device_of, ignore_underflow, namespace_of, native
+from setattn._params import map_params
+from setattn._typing import Array, Namespace
+
+
+class Call(NamedTuple):
+    """What all arrays of one public call have in common."""
+
+    function: str
+    xp: Namespace
+    dtype: Any
+    device: Any
+
+
+def begin(function: str, argument: str, x: Any) -> Call:
+    """Start a call from its first array, which decides the namespace, dtype and device of all the others."""
+    xp = namespace_of(x)
+    if xp is None:
+        raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
+    if bits_of(x.dtype, xp) not in (16, 32, 64):
+        raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
+    return Call(function, xp, native(x.dtype), device_of(x, xp))
+
+
+def evaluate(call: Call, body: Callable[..., Array], *trees: Any) -> Array:
+    """Compute ``body(*trees)``, in float32 where the arrays are of half precision, rounded once at the end."""
+    xp = call.xp
+    with ignore_underflow(xp):
+        if bits_of(call.dtype, xp) != 16:
+            return body(*trees)
+        wide = [None if tree is None else map_params(lambda a: xp.astype(a, xp.float32), tree) for tree in trees]
+        return xp.astype(body(*wide), call.dtype)

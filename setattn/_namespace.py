@@ -1,0 +1,177 @@
+"""Namespaces, dtypes, devices and ``erf``: the only file that knows a backend by name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from setattn._erf import portable_erf
+from setattn._typing import Array, Namespace, Shape
+
+_namespaces: dict[type, Namespace] = {}
+
+
+def namespace_of(x: Any) -> Namespace | None:
+    """Return the array-API namespace of an array, or ``None`` for anything that is no plain array."""
+    kind = type(x)
+    # A look-up by type costs a tenth of array_namespace. And torch.compile warns of the caches of array_api_compat's
+    # functions that tell arrays, namespaces and devices apart: none of them may be reached from a call on its tensors.
+    if kind not in _namespaces:
+        if isinstance(x, np.matrix | np.ma.MaskedArray | np.generic):  # here, as NumPy imports its masked arrays for it
+            return None
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(x, torch.Tensor):
+            import array_api_compat.torch as namespace
+
+            _namespaces[kind] = namespace
+            return namespace
+        try:
+            namespace = array_api_compat.array_namespace(x)
+        except TypeError:
+            return None
+        _namespaces[kind] = _dask(namespace) if name_of(namespace) == "dask" else namespace
+    return _namespaces[kind]
+
+
+class _Dask:
+    """Dask's namespace, but for two functions that fail where an array, or one chunk of it, has no elements."""
+
+    def __init__(self, module: Namespace) -> None:
+        self._module = module
+        self.__name__ = module.__name__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        return self._module.zeros(shape, dtype=x.dtype) if 0 in shape else self._module.reshape(x, shape)
+
+    def max(self, x: Array, *, axis: int, keepdims: bool) -> Array:
+        largest = functools.partial(np.max, initial=-math.inf)
+        reduction = sys.modules["dask.array"].reduction
+        return reduction(x, chunk=largest, aggregate=largest, axis=axis, keepdims=keepdims, dtype=x.dtype)
+
+
+_dask = functools.cache(_Dask)
+
+
+def name_of(xp: Namespace) -> str:
+    """Return the name a user knows a namespace by, such as ``numpy`` or ``torch``."""
+    name: str = xp.__name__.removeprefix("array_api_compat.")
+    return name.removesuffix(".numpy").removesuffix(".array") if name != "numpy" else name
+
+
+def normalize_namespace(xp: Namespace) -> Namespace | None:
+    """Return the array-API namespace behind a module such as ``torch``, or ``None`` for another object."""
+    try:
+        return namespace_of(xp.zeros(1))
+    except (AttributeError, TypeError):
+        return None
+
+
+def bits_of(dtype: Any, xp: Namespace) -> int:
+    """Return the width of a real floating dtype, or 0 for any other."""
+    try:
+        if not xp.isdtype(dtype, "real floating"):
+            return 0
+        bits: int = xp.finfo(dtype).bits
+    except (TypeError, ValueError):
+        return 0
+    return bits
+
+
+def native(dtype: Any) -> Any:
+    """Return a dtype in the byte order of the machine: another one is a matter of storage, not a type of its own."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def is_boolean(dtype: Any, xp: Namespace) -> bool:
+    """Say whether a dtype is the boolean one."""
+    return bool(dtype == xp.bool)
+
+
+def device_of(x: Array, xp: Namespace) -> Any:
+    """Return what two arrays must agree on to meet without a transfer, or ``None`` where it cannot be known.
+
+    JAX itself moves an array that was not put anywhere, and has no devices inside a trace. A Dask array has no device
+    of its own.
+    """
+    if name_of(xp) == "jax":
+        try:
+            return ", ".join(sorted(map(str, x.devices()))) if x.committed else None
+        except (AttributeError, TypeError, sys.modules["jax"].errors.ConcretizationTypeError):
+            return None
+    if name_of(xp) == "dask":
+        return None
+    return None if name_of(xp) == "numpy" else x.device
+
+
+def creation_device(x: Array, xp: Namespace) -> Any:
+    """Return the device to create an array on that will meet ``x``; JAX and Dask place it themselves."""
+    if name_of(xp) in ("jax", "dask"):
+        return None
+    return x.device
+
+
+def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a vanishing exponential is silent, whatever error state the caller has set."""
+    return np.errstate(under="ignore") if name_of(xp) == "numpy" else contextlib.nullcontext()
+
+
+def to_numpy(x: Array) -> np.ndarray[Any, Any]:
+    """Copy an array of any namespace and device to NumPy; dtypes NumPy lacks become float32."""
+    xp: Namespace = namespace_of(x)
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().cpu().resolve_conj()
+        return np.asarray(x.float() if x.dtype == xp.bfloat16 else x)
+    if array_api_compat.is_cupy_array(x):
+        return np.asarray(x.get())
+    if array_api_compat.is_jax_array(x) and x.dtype == xp.bfloat16:
+        x = x.astype(xp.float32)
+    if array_api_compat.is_numpy_array(x) or array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
+        return np.asarray(x)
+    return np.from_dlpack(x)
+
+
+def convert_array(x: Array, xp: Namespace, device: Any, dtype: Any) -> Array:
+    """Return an array in another namespace, on another device, in another dtype, as far as they are given."""
+    source: Namespace = namespace_of(x)
+    if source is xp:
+        x = x if device is None else array_api_compat.to_device(x, device)
+        return x if dtype is None or x.dtype == dtype else xp.astype(x, dtype)
+    host = to_numpy(x)
+    if name_of(xp) == "torch":  # which would share the memory, and takes neither all strides nor all byte orders
+        host = np.array(host, dtype=native(host.dtype), order="C")
+    if dtype is None:
+        dtype = getattr(xp, native(host.dtype).name)
+    return xp.asarray(host, dtype=dtype, device=device)
+
+
+def cumulative_count(mask: Array, xp: Namespace) -> Array:
+    """Count the True entries on the last axis up to and with each one, in int32."""
+    counts = xp.astype(mask, xp.int32)
+    # The compatible cumulative_sum asks for the namespace, of which torch.compile warns: see namespace_of.
+    if name_of(xp) == "torch":
+        return counts.cumsum(-1, dtype=xp.int32)
+    if name_of(xp) == "dask":
+        counts = counts.rechunk({-1: -1})  # Dask cannot carry a count over a chunk without elements
+    return xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
+
+
+def erf(x: Array, xp: Namespace) -> Array:
+    """Compute the error function: the backend's own, or one of ours where it has none."""
+    if name_of(xp) == "torch":
+        return x.erf()
+    if name_of(xp) == "jax":
+        return sys.modules["jax"].scipy.special.erf(x)
+    if name_of(xp) == "cupy":
+        from cupyx.scipy.special import erf as cupy_erf
+
+        return cupy_erf(x)
+    return portable_erf(x, xp)

@@ -1,0 +1,321 @@
+"""What is checked of parameter trees before any arithmetic: node types and shapes.
+
+A width is checked against the parameters it meets, with a note of where it came from (:class:`Width`), so that the
+error names the argument the user wrote rather than the product that would have failed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from setattn._call import Call
+from setattn._check import Width, data, floating, is_integer
+from setattn._errors import NamespaceError, OptionError, ParameterError, ShapeError
+from setattn._namespace import name_of
+from setattn._params import (
+    ISAB,
+    MAB,
+    PMA,
+    Attention,
+    AttentionPool,
+    CrossAttention,
+    FeedForward,
+    GatedCrossAttention,
+    LayerNorm,
+    Linear,
+    Perceiver,
+    PerceiverIO,
+    Resampler,
+    RMSNorm,
+    SelfAttention,
+    SetTransformer,
+    is_absent,
+)
+
+_OR_ABSENT = ", or () where the part may be absent"
+
+
+def _node(call: Call, path: str, p: Any, *kinds: type) -> None:
+    if not isinstance(p, kinds):
+        wanted = "a " + " or ".join(f"setattn.{k.__name__}" for k in kinds)
+        maybe = _OR_ABSENT if p is None and kinds[0] in (Linear, LayerNorm, FeedForward) else ""
+        raise ParameterError(call.function, path, _found(p), wanted + maybe)
+
+
+def _found(p: Any) -> str:
+    return "None" if p is None else "absent" if is_absent(p) else f"a {type(p).__qualname__}"
+
+
+def _nodes(call: Call, path: str, p: Any, wanted: str, *, at_least: int) -> None:
+    if type(p) is not tuple or len(p) < at_least:
+        raise ParameterError(
+            call.function, path, _found(p), f"a tuple of {'at least one ' if at_least else ''}{wanted}"
+        )
+
+
+def _weight(call: Call, path: str, a: Any, *wanted: int | str, to_match: str = "") -> None:
+    """Check one parameter array; a word in the wanted shape stands for any size from 1."""
+    if is_absent(a):
+        raise ParameterError(call.function, path, "absent", f"an array of {name_of(call.xp)}")
+    if a is None:
+        raise NamespaceError(call.function, path, "None", f"an array of {name_of(call.xp)}{_OR_ABSENT}")
+    floating(call, path, a)
+    shape = a.shape
+    fits = len(shape) == len(wanted)
+    for size, want in zip(shape, wanted, strict=False):
+        fits = fits and (size >= 1 if isinstance(want, str) else size == want)
+    if not fits:
+        least = " with sizes of at least 1" if 0 in shape else ""
+        match = f" to match {to_match}" if to_match else ""
+        raise ShapeError(call.function, path, tuple(shape), f"{_words(wanted)}{least}{match}", "shape")
+
+
+def _words(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int = 0) -> None:
+    """Check one axis of a parameter against the width it meets; where an argument has that width, it is named."""
+    if a.shape[axis] == x.size:
+        return
+    if x.shape is None:
+        raise ShapeError(call.function, path, tuple(a.shape), f"{_words(wanted)} to match {x.source}", "shape")
+    to_match = f"(..., {a.shape[axis]}) to match {path} of shape {tuple(a.shape)}"
+    raise ShapeError(call.function, x.source, x.shape, to_match, "shape")
+
+
+def _linear(call: Call, path: str, p: Any, x: Width, *out: int | str, to_match: str = "") -> tuple[int, ...]:
+    """Check an affine map of the last axis of something, and return the sizes it maps to."""
+    _node(call, path, p, Linear)
+    weight = f"{path}.weight"
+    _weight(call, weight, p.weight, "dim_in", *out, to_match=to_match)
+    _meet(call, x, weight, p.weight, x.size, *out)
+    sizes = tuple(p.weight.shape[1:])
+    if not is_absent(p.bias):
+        _weight(call, f"{path}.bias", p.bias, *sizes, to_match=weight)
+    return sizes
+
+
+def _optional_linear(call: Call, path: str, p: Any, x: Width) -> Width:
+    if is_absent(p):
+        return x
+    (size,) = _linear(call, path, p, x, "dim_out")
+    return Width(size, path)
+
+
+def _norm(call: Call, path: str, p: Any, x: Width) -> None:
+    if is_absent(p):
+        return
+    _node(call, path, p, LayerNorm, RMSNorm)
+    for name, a in zip(p._fields, p, strict=True):
+        if is_absent(a):
+            continue
+        at = f"{path}.{name}"
+        _weight(call, at, a, "dim")
+        _meet(call, x, at, a, x.size)
+
+
+def _feed_forward(call: Call, path: str, p: Any, x: Width) -> Width:
+    _node(call, path, p, FeedForward)
+    (hidden,) = _linear(call, f"{path}.hidden", p.hidden, x, "dim_hidden")
+    if not is_absent(p.gate):
+        _linear(call, f"{path}.gate", p.gate, x, hidden, to_match=f"{path}.hidden")
+    return _optional_linear(call, f"{path}.output", p.output, Width(hidden, f"{path}.hidden"))
+
+
+def _residual_feed_forward(call: Call, path: str, p: Any, norm: Any, x: Width) -> None:
+    """Check ``x + ff(norm(x))``, where ``ff`` may be absent."""
+    _norm(call, f"{path}.ff_norm", norm, x)
+    if not is_absent(p):
+        _same_width(call, f"{path}.ff", _feed_forward(call, f"{path}.ff", p, x), x)
+
+
+def _same_width(call: Call, path: str, branch: Width, x: Width) -> None:
+    """Check that a branch can be added to what it branched from."""
+    if branch.size != x.size:
+        raise ShapeError(call.function, path, branch.size, f"{x.size}, to be added to {x.source}", "output width")
+
+
+def attention(call: Call, path: str, p: Any, query: Width, context: Width) -> Width:
+    """Check an attention, and return the width of its output."""
+    _node(call, path, p, Attention)
+    kv_heads, head_dim = _linear(call, f"{path}.key", p.key, context, "kv_heads", "head_dim")
+    _, value_dim = _linear(call, f"{path}.value", p.value, context, kv_heads, "value_dim", to_match=f"{path}.key")
+    if is_absent(p.query):
+        heads, remainder = divmod(query.size, head_dim)
+        if remainder:
+            argument, noun = (query.source, "width") if query.shape is not None else (f"{path}.key", "queries of width")
+            wanted = f"a multiple of head_dim={head_dim}, as {path}.query is absent"
+            raise ShapeError(call.function, argument, query.size, wanted, noun)
+    else:
+        heads, _ = _linear(call, f"{path}.query", p.query, query, "heads", head_dim, to_match=f"{path}.key")
+    if heads % kv_heads:
+        wanted = f"a multiple of {kv_heads}, the heads of {path}.key"
+        raise ShapeError(call.function, f"{path}.query", heads, wanted, "a number of heads of")
+    head = Width(head_dim, f"the head_dim of {path}.key")
+    _norm(call, f"{path}.query_norm", p.query_norm, head)
+    _norm(call, f"{path}.key_norm", p.key_norm, head)
+    if is_absent(p.output):
+        return Width(heads * value_dim, f"{path}.value")
+    _node(call, f"{path}.output", p.output, Linear)
+    weight, heads_of = f"{path}.output.weight", f"the heads of {path}.query and {path}.value"
+    _weight(call, weight, p.output.weight, heads, value_dim, "dim_out", to_match=heads_of)
+    width = p.output.weight.shape[-1]
+    if not is_absent(p.output.bias):
+        _weight(call, f"{path}.output.bias", p.output.bias, width, to_match=weight)
+    return Width(width, f"{path}.output")
+
+
+def _learned(call: Call, path: str, a: Any, axes: str) -> Width:
+    """Check learned queries: inducing points, seeds, a probe, latents."""
+    _weight(call, path, a, axes, "dim")
+    return Width(a.shape[-1], path)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def mab(call: Call, path: str, p: Any, x: Width, y: Width) -> Width:
+    """Check a multihead attention block, and return the width of its output."""
+    _node(call, path, p, MAB)
+    x = _optional_linear(call, f"{path}.project", p.project, x)
+    _norm(call, f"{path}.query_norm", p.query_norm, x)
+    _norm(call, f"{path}.context_norm", p.context_norm, y)
+    _same_width(call, f"{path}.attention", attention(call, f"{path}.attention", p.attention, x, y), x)
+    _norm(call, f"{path}.attention_norm", p.attention_norm, x)
+    _residual_feed_forward(call, path, p.ff, p.ff_norm, x)
+    _norm(call, f"{path}.output_norm", p.output_norm, x)
+    return Width(x.size, f"the output of {path}")
+
+
+def isab(call: Call, path: str, p: Any, x: Width) -> Width:
+    """Check an induced set attention block, and return the width of its output."""
+    _node(call, path, p, ISAB)
+    inducing = _learned(call, f"{path}.inducing_points", p.inducing_points, "m")
+    h = mab(call, f"{path}.mab_inducing", p.mab_inducing, inducing, x)
+    return mab(call, f"{path}.mab_set", p.mab_set, x, h)
+
+
+def pma(call: Call, path: str, p: Any, x: Width) -> Width:
+    """Check a pooling by multihead attention, and return the width of its output."""
+    _node(call, path, p, PMA)
+    if not is_absent(p.ff):
+        x = _feed_forward(call, f"{path}.ff", p.ff, x)
+    return mab(call, f"{path}.mab", p.mab, _learned(call, f"{path}.seeds", p.seeds, "k"), x)
+
+
+def set_transformer(call: Call, path: str, p: Any, x: Width) -> None:
+    """Check a Set Transformer."""
+    _node(call, path, p, SetTransformer)
+    _nodes(call, f"{path}.encoder", p.encoder, "setattn.ISAB or setattn.MAB", at_least=0)
+    for i, block in enumerate(p.encoder):
+        at = f"{path}.encoder[{i}]"
+        _node(call, at, block, ISAB, MAB)
+        x = isab(call, at, block, x) if isinstance(block, ISAB) else mab(call, at, block, x, x)
+    x = pma(call, f"{path}.pma", p.pma, x)
+    _nodes(call, f"{path}.decoder", p.decoder, "setattn.MAB", at_least=0)
+    for i, block in enumerate(p.decoder):
+        x = mab(call, f"{path}.decoder[{i}]", block, x, x)
+    _optional_linear(call, f"{path}.output", p.output, x)
+
+
+def attention_pool(call: Call, path: str, p: Any, x: Width) -> None:
+    """Check an attention-pooling head."""
+    _node(call, path, p, AttentionPool)
+    probe = _learned(call, f"{path}.probe", p.probe, "k")
+    _norm(call, f"{path}.query_norm", p.query_norm, probe)
+    _norm(call, f"{path}.context_norm", p.context_norm, x)
+    h = attention(call, f"{path}.attention", p.attention, probe, x)
+    _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
+    _norm(call, f"{path}.output_norm", p.output_norm, h)
+    _optional_linear(call, f"{path}.output", p.output, h)
+
+
+def cross_attention(call: Call, path: str, p: Any, q: Width, y: Width, *, query_residual: bool = True) -> Width:
+    """Check a pre-norm cross-attention, and return the width of its output."""
+    _node(call, path, p, CrossAttention)
+    _norm(call, f"{path}.query_norm", p.query_norm, q)
+    _norm(call, f"{path}.context_norm", p.context_norm, y)
+    h = attention(call, f"{path}.attention", p.attention, q, y)
+    if query_residual:
+        _same_width(call, f"{path}.attention", h, q)
+    _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
+    return Width(h.size, f"the output of {path}")
+
+
+def latent_transformer(call: Call, path: str, p: Any, z: Width) -> Width:
+    """Check a stack of pre-norm self-attention layers, and return the width of its output."""
+    _nodes(call, path, p, "setattn.SelfAttention", at_least=0)
+    for i, layer in enumerate(p):
+        at = f"{path}[{i}]"
+        _node(call, at, layer, SelfAttention)
+        _norm(call, f"{at}.norm", layer.norm, z)
+        _same_width(call, f"{at}.attention", attention(call, f"{at}.attention", layer.attention, z, z), z)
+        _residual_feed_forward(call, at, layer.ff, layer.ff_norm, z)
+    return z
+
+
+def perceiver(call: Call, path: str, p: Any, y: Width, depth: Any, *, query_residual: bool) -> Width:
+    """Check a Perceiver and its depth, and return the width of its latents."""
+    _node(call, path, p, Perceiver)
+    z = _learned(call, f"{path}.latents", p.latents, "m")
+    _nodes(call, f"{path}.cross_attentions", p.cross_attentions, "setattn.CrossAttention", at_least=1)
+    _nodes(call, f"{path}.latent_transformers", p.latent_transformers, "tuples of setattn.SelfAttention", at_least=0)
+    if all(is_absent(block) for block in p.cross_attentions):
+        wanted = "at least one setattn.CrossAttention, or the latents would not meet the inputs"
+        raise ParameterError(call.function, f"{path}.cross_attentions", "absent in every entry", wanted)
+    for i, block in enumerate(p.cross_attentions):
+        if not is_absent(block):
+            at = f"{path}.cross_attentions[{i}]"
+            _same_width(call, at, cross_attention(call, at, block, z, y, query_residual=query_residual), z)
+    for i, layers in enumerate(p.latent_transformers):
+        latent_transformer(call, f"{path}.latent_transformers[{i}]", layers, z)
+    least = max(len(p.cross_attentions), len(p.latent_transformers))
+    if depth is not None and (not is_integer(depth) or depth < least):
+        raise OptionError(call.function, "depth", repr(depth), f"an integer of at least {least}, to use every part")
+    return z
+
+
+def perceiver_io(
+    call: Call, path: str, p: Any, y: Width, queries: Width, depth: Any, *, query_residual: bool, decoder_residual: bool
+) -> None:
+    """Check a Perceiver IO."""
+    _node(call, path, p, PerceiverIO)
+    z = perceiver(call, f"{path}.encoder", p.encoder, y, depth, query_residual=query_residual)
+    out = cross_attention(call, f"{path}.decoder", p.decoder, queries, z, query_residual=decoder_residual)
+    _optional_linear(call, f"{path}.output", p.output, out)
+
+
+def perceiver_resampler(call: Call, path: str, p: Any, features: Any) -> None:
+    """Check a resampler against its features, whose axes its embeddings decide."""
+    _node(call, path, p, Resampler)
+    names = [n for n, e in (("media", p.media_embedding), ("frames", p.frame_embedding)) if not is_absent(e)]
+    x = data(call, "features", features, ", ".join([*names, "n", "dim"]), len(names) + 2)
+    x = _optional_linear(call, f"{path}.input", p.input, x)
+    for name, embedding in (("media", p.media_embedding), ("frame", p.frame_embedding)):
+        if is_absent(embedding):
+            continue
+        at = f"{path}.{name}_embedding"
+        _weight(call, at, embedding, "rows", "dim")
+        _meet(call, x, at, embedding, "rows", x.size, axis=1)
+        size = features.shape[-3] if name == "frame" else features.shape[-2 - len(names)]
+        if size > embedding.shape[0]:
+            wanted = f"at most {embedding.shape[0]} in place of {size} on its {name} axis, the rows of {at}"
+            raise ShapeError(call.function, "features", tuple(features.shape), wanted, "shape")
+    z = _learned(call, f"{path}.latents", p.latents, "m")
+    _meet(call, x, f"{path}.latents", p.latents, "m", x.size, axis=1)
+    _nodes(call, f"{path}.layers", p.layers, "setattn.CrossAttention", at_least=1)
+    for i, layer in enumerate(p.layers):
+        cross_attention(call, f"{path}.layers[{i}]", layer, z, x)
+    _norm(call, f"{path}.output_norm", p.output_norm, _optional_linear(call, f"{path}.output", p.output, z))
+
+
+def gated_cross_attention(call: Call, path: str, p: Any, x: Width, media: Width) -> None:
+    """Check a gated cross-attention."""
+    _node(call, path, p, GatedCrossAttention)
+    cross_attention(call, f"{path}.cross_attention", p.cross_attention, x, media)
+    for name, gate in (("attention_gate", p.attention_gate), ("ff_gate", p.ff_gate)):
+        _weight(call, f"{path}.{name}", gate, "dim")
+        if gate.shape[0] not in (1, x.size):
+            wanted = f"(1,) or ({x.size},) to match {x.source}"
+            raise ShapeError(call.function, f"{path}.{name}", tuple(gate.shape), wanted, "shape")
