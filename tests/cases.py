@@ -1,0 +1,509 @@
+"""One or more valid calls of every public function on arrays, with all axes of distinct sizes.
+
+Every test that goes through all functions draws from here, so that a new function or variant is tested everywhere by
+adding one entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+import setattn
+from setattn import FeedForward, LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call ``function(*arrays, params, **masks, **options)`` with float64 arrays of NumPy.
+
+    ``elements`` is the position of the array whose elements ``mask`` is about, if the function has a mask.
+    """
+
+    function: str
+    arrays: tuple[np.ndarray, ...]
+    params: Any = None
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    elements: int = 0
+
+    def numpy(self, dtype: str = "float64", **changed: Any) -> np.ndarray:
+        """Call the function with NumPy arrays."""
+        arrays = [a.astype(dtype) for a in self.arrays]
+        params = [] if self.params is None else [setattn.map_params(lambda a: a.astype(dtype), self.params)]
+        masks = {key: m.astype(dtype) if m.dtype.kind == "f" else m for key, m in self.masks.items()}
+        return getattr(setattn, self.function)(*arrays, *params, **(masks | self.options | changed))
+
+    def call(self, arrays: Any, params: Any, masks: Any) -> Any:
+        """Call the function with arrays of any backend: a pure function of three trees."""
+        positional = () if self.params is None else (params,)
+        return getattr(setattn, self.function)(*arrays, *positional, **masks, **self.options)
+
+    def trees(self, backend: Any, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
+        """Convert what :meth:`call` takes to a backend."""
+        arrays = tuple(backend.asarray(a, dtype) for a in self.arrays)
+        params = () if self.params is None else backend.params(self.params, dtype)
+        return arrays, params, {key: backend.asarray(mask, dtype) for key, mask in self.masks.items()}
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Case:
+        """Apply a function to every floating array: the arrays, the parameters, the bias, in this order."""
+        arrays = tuple(map(function, self.arrays))
+        params = None if self.params is None else setattn.map_params(function, self.params)
+        masks = {key: function(m) if m.dtype.kind == "f" else m for key, m in self.masks.items()}
+        return replace(self, arrays=arrays, params=params, masks=masks)
+
+    def rounded(self, dtype: str) -> Case:
+        """Round every number to a dtype, so that converting to it is exact; the arrays stay float64."""
+        return self.map(lambda a: round_to(a, dtype))
+
+    @property
+    def queries(self) -> int | None:
+        """The position of the array of queries, if the elements are not their own."""
+        return {"perceiver_io": 1}.get(self.function, 0 if self.elements else None)
+
+    def resized(
+        self, *, batch: int | None = None, elements: int | None = None, queries: int | None = None, before: int = 0
+    ) -> Case:
+        """Keep the first of the batch, of the elements and of the queries, and of their masks.
+
+        ``before`` says how many axes before the elements to cut instead: 1 for the frames or media they come in.
+        """
+
+        def cut(a: np.ndarray, axes: dict[int, int | None], batched: bool) -> np.ndarray:
+            for axis, size in axes.items():
+                a = a if size is None else np.take(a, range(size), axis=axis)
+            return a[:batch] if batched else a
+
+        arrays = []
+        for i, a in enumerate(self.arrays):
+            axes = {-2 - before: elements} if i == self.elements else {-2: queries}
+            arrays.append(cut(a, axes, a.ndim > 2))
+        of_masks = {
+            "mask": {-1 - before: elements},
+            "bias": {-1: elements},
+            "pair_mask": {-1: elements, -2: queries},
+            "query_mask": {-1: queries},
+            "media_locations": {-1: queries},
+        }
+        masks = {key: cut(m, of_masks[key], True) for key, m in self.masks.items()}
+        return replace(self, arrays=tuple(arrays), masks=masks)
+
+    def takes_part(self) -> np.ndarray:
+        """Say which elements take part in anything."""
+        part = np.ones(self.arrays[self.elements].shape[:-1], dtype=bool)
+        if "mask" in self.masks:
+            part &= self.masks["mask"]
+        if "pair_mask" in self.masks:
+            part &= self.masks["pair_mask"].any(axis=-2)
+        if "media_locations" in self.masks:
+            count, number = np.cumsum(self.masks["media_locations"], axis=-1), np.arange(1, part.shape[-2] + 1)
+            immediate = self.options.get("immediate", True)
+            sees = count[..., None] == number if immediate else count[..., None] >= number
+            part &= sees.any(axis=-2)[..., None]
+        return part
+
+    def with_garbage(self, values: tuple[float, ...]) -> Case:
+        """Fill the elements that take part in nothing with garbage, in turn, and the masked queries and biases."""
+        arrays, masks, part = list(self.arrays), dict(self.masks), self.takes_part()
+        arrays[self.elements] = _fill(arrays[self.elements], part, values)
+        if "query_mask" in masks and arrays[0].ndim > 2:
+            arrays[0] = _fill(arrays[0], masks["query_mask"], values)
+        if "bias" in masks:
+            masks["bias"] = _fill(masks["bias"][..., None], part, values)[..., 0]
+        return replace(self, arrays=tuple(arrays), masks=masks)
+
+    def on(self, backend: Any, dtype: str, **changed: Any) -> Any:
+        """Call the function with arrays of a backend; NumPy arrays among ``changed`` are converted, too."""
+        arrays = [backend.asarray(a, dtype) for a in self.arrays]
+        params = [] if self.params is None else [backend.params(self.params, dtype)]
+        keywords = {
+            key: backend.asarray(value, dtype) if isinstance(value, np.ndarray) else value
+            for key, value in (self.masks | self.options | changed).items()
+        }
+        return getattr(setattn, self.function)(*arrays, *params, **keywords)
+
+
+def _fill(a: np.ndarray, keep: np.ndarray, values: tuple[float, ...]) -> np.ndarray:
+    return np.where(keep[..., None], a, np.resize(np.asarray(values), a.shape))
+
+
+def round_to(a: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to the nearest number of a dtype, in the steps in which a backend's table entry converts."""
+    if dtype != "bfloat16":
+        return a.astype(dtype).astype("float64")
+    bits = a.astype("float32").view("uint32")
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest, ties to even
+    return bits.view("float32").astype("float64")
+
+
+BATCH, M, N, DIM, DIM_Y, HEADS = 2, 3, 7, 12, 10, 4
+
+
+def perturb(params: Any, rng: np.random.Generator, amount: float = 0.2) -> Any:
+    """Move every parameter away from where it starts, so that no bias is 0 and no scale 1; in float64."""
+    return setattn.map_params(lambda a: a + amount * rng.normal(size=a.shape), params)
+
+
+def _gated(dim: int, hidden: int, rng: np.random.Generator) -> FeedForward:
+    return setattn.init_feed_forward(dim, hidden=hidden, gate=True, bias=False, rng=rng)
+
+
+def _coca(rng: np.random.Generator) -> setattn.AttentionPool:
+    params = setattn.init_attention_pool(DIM, num_heads=HEADS, num_probes=5, rng=rng)
+    norm = setattn.init_norm(DIM)
+    return params._replace(ff=(), ff_norm=(), query_norm=norm, context_norm=norm)
+
+
+def _idefics2(rng: np.random.Generator) -> setattn.Resampler:
+    params = setattn.init_perceiver_resampler(DIM, num_heads=HEADS, num_latents=5, num_layers=2, rng=rng)
+    attention = setattn.init_attention(DIM, num_heads=HEADS, num_kv_heads=2, bias=False, head_norm="rms", rng=rng)
+    norm = RMSNorm(np.ones(DIM))
+    layers = tuple(
+        layer._replace(attention=attention, ff=_gated(DIM, 9, rng), query_norm=norm, context_norm=norm, ff_norm=norm)
+        for layer in params.layers
+    )
+    return params._replace(layers=layers, output_norm=norm)
+
+
+def _ip_adapter(rng: np.random.Generator) -> setattn.Resampler:
+    params = setattn.init_perceiver_resampler(DIM, num_heads=HEADS, num_latents=5, num_layers=2, rng=rng)
+    return params._replace(
+        input=setattn.init_linear(DIM_Y, DIM, rng=rng),
+        output=setattn.init_linear(DIM, 8, rng=rng),
+        output_norm=LayerNorm(np.ones(8), np.zeros(8)),
+    )
+
+
+def _geglu(params: setattn.CrossAttention, rng: np.random.Generator) -> setattn.CrossAttention:
+    return params._replace(ff=setattn.init_feed_forward(DIM, hidden=9, gate=True, rng=rng))
+
+
+_Build = Callable[[np.random.Generator], Case]
+_CASES: dict[str, _Build] = {}
+
+
+def _case(name: str) -> Callable[[_Build], _Build]:
+    def add(build: _Build) -> _Build:
+        _CASES[name] = build
+        return build
+
+    return add
+
+
+def _mask(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Draw a mask that leaves the first set of a batch partly, and the second one wholly, masked."""
+    mask = rng.random(shape) < 0.7
+    mask[0, ..., 0] = True
+    mask[1] = False
+    return mask
+
+
+def _xy(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.normal(size=(BATCH, M, DIM)), rng.normal(size=(BATCH, N, DIM_Y))
+
+
+def _set(rng: np.random.Generator, dim: int = DIM) -> np.ndarray:
+    return rng.normal(size=(BATCH, N, dim))
+
+
+def _attention_variants() -> None:
+    variants: dict[str, Callable[[np.random.Generator], setattn.Attention]] = {
+        "attention": lambda rng: setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, rng=rng),
+        "attention-grouped": lambda rng: setattn.init_attention(
+            DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, head_dim=5, value_dim=6, bias=False, head_norm="rms", rng=rng
+        ),
+        "attention-head-layernorm": lambda rng: setattn.init_attention(
+            DIM, DIM_Y, num_heads=HEADS, num_kv_heads=1, head_norm="layer", rng=rng
+        ),
+        "attention-bare": lambda rng: setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, rng=rng)._replace(
+            query=(), output=()
+        ),
+    }
+    for name, build in variants.items():
+
+        def attention(rng: np.random.Generator, build: Any = build) -> Case:
+            return Case("attention", _xy(rng), perturb(build(rng), rng), {"mask": _mask(rng, BATCH, N)}, {}, elements=1)
+
+        _CASES[name] = attention
+
+
+_attention_variants()
+
+
+@_case("attention-pairs-and-bias")
+def _(rng: np.random.Generator) -> Case:
+    masks = {"pair_mask": _mask(rng, BATCH, M, N), "mask": rng.random((BATCH, N)) < 0.7, "bias": _set(rng, 1)[..., 0]}
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, rng=rng)
+    return Case("attention", _xy(rng), perturb(params, rng), masks, {"scale": 0.3}, elements=1)
+
+
+@_case("attention_weights")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("attention_weights", _xy(rng), perturb(params, rng), masks, {}, elements=1)
+
+
+@_case("mab")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_mab(DIM, num_heads=HEADS, dim_y=DIM_Y, hidden=9, rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N), "query_mask": _mask(rng, BATCH, M)}
+    return Case("mab", _xy(rng), perturb(params, rng), masks, {}, elements=1)
+
+
+@_case("mab-pre-norm")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_mab(DIM, num_heads=HEADS, dim_y=DIM_Y, form="pre_norm", norm="rms", rng=rng)
+    params = params._replace(ff=_gated(DIM, 9, rng))
+    masks = {"pair_mask": _mask(rng, BATCH, M, N)}
+    return Case("mab", _xy(rng), perturb(params, rng), masks, {"activation": "silu"}, elements=1)
+
+
+@_case("mab-official")
+def _(rng: np.random.Generator) -> Case:
+    x, y = rng.normal(size=(M, 9)), _set(rng, DIM_Y)
+    params = setattn.init_mab(DIM, num_heads=HEADS, dim_x=9, dim_y=DIM_Y, form="official", rng=rng)
+    options = {"scale": 1 / math.sqrt(DIM)}
+    return Case("mab", (x, y), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, options, elements=1)
+
+
+@_case("mab-no-ff")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_mab(DIM, num_heads=HEADS, dim_y=DIM_Y, rng=rng)._replace(ff=())
+    params = params._replace(attention_norm=LayerNorm(np.ones(DIM)), output_norm=RMSNorm())
+    return Case("mab", _xy(rng), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {}, elements=1)
+
+
+@_case("sab")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_mab(DIM, num_heads=HEADS, hidden=9, rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("sab", (_set(rng),), perturb(params, rng), masks, {"activation": "gelu"})
+
+
+@_case("isab")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, rng=rng)
+    return Case("isab", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("isab-official")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, dim_x=3, form="official", norm="layer", rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("isab", (_set(rng, 3),), perturb(params, rng), masks, {"scale": 1 / math.sqrt(DIM)})
+
+
+@_case("isab-pre-norm")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, hidden=9, form="pre_norm", rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("isab", (_set(rng),), perturb(params, rng), masks, {"activation": "gelu_tanh"})
+
+
+@_case("pma")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_pma(DIM, num_heads=HEADS, num_seeds=5, rng=rng)
+    return Case("pma", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("pma-official")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_pma(DIM, num_heads=HEADS, form="official", rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("pma", (_set(rng),), perturb(params, rng), masks, {"scale": 1 / math.sqrt(DIM)})
+
+
+@_case("set_transformer")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_set_transformer(3, DIM, 5, num_heads=HEADS, num_inducing=6, num_seeds=4, rng=rng)
+    return Case("set_transformer", (_set(rng, 3),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("set_transformer-sab")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_set_transformer(3, DIM, 5, num_heads=HEADS, num_encoders=1, num_decoders=0, rng=rng)
+    params = params._replace(output=())
+    return Case("set_transformer", (_set(rng, 3),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("attention_pool")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention_pool(DIM, num_heads=HEADS, hidden=9, rng=rng)
+    return Case("attention_pool", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("attention_pool-norms")
+def _(rng: np.random.Generator) -> Case:
+    params = _coca(rng)._replace(output_norm=setattn.init_norm(DIM), output=setattn.init_linear(DIM, 5, rng=rng))
+    return Case("attention_pool", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("cross_attention")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_cross_attention(DIM, DIM_Y, num_heads=2, rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("cross_attention", _xy(rng), perturb(params, rng), masks, {"activation": "gelu_tanh"}, elements=1)
+
+
+@_case("cross_attention-geglu")
+def _(rng: np.random.Generator) -> Case:
+    params = _geglu(setattn.init_cross_attention(DIM, DIM_Y, num_heads=2, rng=rng), rng)
+    arrays, masks = (rng.normal(size=(M, DIM)), _set(rng, DIM_Y)), {"mask": _mask(rng, BATCH, N)}
+    return Case("cross_attention", arrays, perturb(params, rng), masks, {"query_residual": False}, elements=1)
+
+
+@_case("latent_transformer")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_latent_transformer(DIM, num_layers=2, num_heads=HEADS, hidden=9, rng=rng)
+    return Case("latent_transformer", (_set(rng),), perturb(params, rng))
+
+
+@_case("perceiver")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(
+        DIM_Y, DIM, num_latents=5, num_layers=1, num_heads=HEADS, num_cross_attentions=2, rng=rng
+    )
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"depth": 3})
+
+
+@_case("perceiver-shared")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(DIM_Y, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"query_residual": False})
+
+
+@_case("perceiver_io")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    arrays = (_set(rng, DIM_Y), rng.normal(size=(M, 9)))
+    return Case("perceiver_io", arrays, perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {"depth": 2})
+
+
+@_case("perceiver_io-residual")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    arrays, masks = (_set(rng, DIM_Y), rng.normal(size=(BATCH, M, 9))), {"mask": _mask(rng, BATCH, N)}
+    options = {"query_residual": False, "decoder_residual": True}
+    return Case("perceiver_io", arrays, perturb(params._replace(output=()), rng), masks, options)
+
+
+@_case("fourier_features")
+def _(rng: np.random.Generator) -> Case:
+    positions = rng.uniform(-1, 1, size=(BATCH, N, 3))
+    return Case("fourier_features", (positions,), options={"num_bands": 4, "max_resolution": (7, 9, 11)})
+
+
+@_case("fourier_features-per-axis")
+def _(rng: np.random.Generator) -> Case:
+    options = {"num_bands": 4, "max_resolution": 10.0, "order": "per_axis"}
+    return Case("fourier_features", (rng.uniform(-1, 1, size=(BATCH, N, 3)),), options=options)
+
+
+def _resampler_variants() -> None:
+    axes: dict[str, tuple[int, ...]] = {"": (), "-frames": (3,), "-media": (4,), "-media-frames": (4, 3)}
+    for name, shape in axes.items():
+
+        def resampler(rng: np.random.Generator, name: str = name, shape: tuple[int, ...] = shape) -> Case:
+            params = setattn.init_perceiver_resampler(
+                DIM,
+                num_heads=HEADS,
+                num_latents=5,
+                num_layers=2,
+                num_frames=6 if "frames" in name else None,
+                num_media=8 if "media" in name else None,
+                rng=rng,
+            )
+            features = rng.normal(size=(BATCH, *shape, N, DIM))
+            masks = {"mask": _mask(rng, BATCH, *shape, N)}
+            return Case("perceiver_resampler", (features,), perturb(params, rng), masks)
+
+        _CASES[f"perceiver_resampler{name}"] = resampler
+
+
+_resampler_variants()
+
+
+@_case("perceiver_resampler-idefics2")
+def _(rng: np.random.Generator) -> Case:
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_resampler", (_set(rng),), perturb(_idefics2(rng), rng), masks, {"activation": "silu"})
+
+
+@_case("perceiver_resampler-ip-adapter")
+def _(rng: np.random.Generator) -> Case:
+    masks = {"mask": _mask(rng, BATCH, N)}
+    params = perturb(_ip_adapter(rng), rng)
+    return Case("perceiver_resampler", (_set(rng, DIM_Y),), params, masks, {"activation": "gelu"})
+
+
+def _gated_variants() -> None:
+    def build(rng: np.random.Generator, vector: bool, masks: tuple[str, ...], options: dict[str, Any]) -> Case:
+        params = setattn.init_gated_cross_attention(DIM, DIM_Y, num_heads=HEADS, vector_gates=vector, rng=rng)
+        if options.get("activation") == "silu":
+            block = params.cross_attention._replace(ff=_gated(DIM, 9, rng), context_norm=RMSNorm(np.ones(DIM_Y)))
+            params = params._replace(cross_attention=block)
+        params = perturb(params, rng)
+        # Gates near 0 would hide an error in what they scale.
+        params = params._replace(attention_gate=params.attention_gate + 1, ff_gate=params.ff_gate - 1)
+        locations = np.zeros((BATCH, N), dtype=bool)
+        locations[0, [1, 2, 5]] = True
+        locations[1, [0, 3, 4, 6]] = True
+        drawn = {"media_locations": locations, "mask": rng.random((BATCH, 3, 5)) < 0.7}
+        media = rng.normal(size=(BATCH, 3, 5, DIM_Y))
+        return Case(
+            "gated_cross_attention", (_set(rng), media), params, {k: drawn[k] for k in masks}, options, elements=1
+        )
+
+    variants: dict[str, tuple[bool, tuple[str, ...], dict[str, Any]]] = {
+        "": (False, ("media_locations", "mask"), {}),
+        "-previous": (True, ("media_locations",), {"immediate": False, "activation": "gelu"}),
+        "-all": (False, ("mask",), {"activation": "silu"}),
+    }
+    for name, arguments in variants.items():
+        _CASES[f"gated_cross_attention{name}"] = lambda rng, arguments=arguments: build(rng, *arguments)
+
+
+_gated_variants()
+
+NAMES = tuple(_CASES)
+
+
+def make(name: str, seed: int = 0) -> Case:
+    """Make a case from a seed."""
+    return _CASES[name](np.random.default_rng([seed, *name.encode()]))
+
+
+_LIGHT = {
+    "set_transformer": "set_transformer-sab",
+    "perceiver": "perceiver-shared",
+    "perceiver_io": "perceiver_io-residual",
+}
+ONE_EACH = tuple(dict.fromkeys(_LIGHT.get(make(name).function, make(name).function) for name in NAMES))
+"""One case of every function, of the models one with few layers: for what takes long."""
+
+
+def reference(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the value by the oracle of a case as it stands, and the bound for a result of a dtype."""
+    import tolerances
+
+    signature = inspect.signature(getattr(setattn, case.function)).parameters
+    defaults = {key: signature[key].default for key in ("activation", "eps") if key in signature}
+    params = () if case.params is None else case.params
+    options = defaults | case.masks | case.options
+    return tolerances.reference(case.function, *case.arrays, params=params, dtype=dtype, **options)
+
+
+@functools.cache
+def expected(name: str, dtype: str) -> tuple[Case, np.ndarray, np.ndarray]:
+    """Return a case rounded to a dtype, its value and its bound."""
+    case = make(name).rounded(dtype)
+    return (case, *reference(case, dtype))
