@@ -15,6 +15,7 @@ from setattn import _check as check
 from setattn import _structure as structure
 from setattn._call import Call, begin, evaluate
 from setattn._layers import Options, linear, norm, options, select
+from setattn._namespace import matmul
 from setattn._order import Order, Sizes, cheapest
 from setattn._params import Attention, Linear, is_absent
 from setattn._typing import Array, Namespace
@@ -254,7 +255,7 @@ def make_state(q: Array, context: Context, p: Attention, o: Options) -> State:
     if order.carry_weights:
         weighted = _carried_values(e, total, context, p, xp)
     else:
-        weighted = xp.matmul(e, _heads_first(_project(context.elements, p.value, xp), xp))
+        weighted = matmul(e, _heads_first(_project(context.elements, p.value, xp), xp), xp)
     return State(largest, total, weighted)
 
 
@@ -277,23 +278,23 @@ def finish(state: State, xp: Namespace) -> Array:
 def _scores(q: Array, context: Context, p: Attention, o: Options) -> Array:
     """Compute the scores of prepared queries with projected elements."""
     k = norm(_project(context.elements, p.key, o.xp), p.key_norm, o)
-    return o.xp.matmul(q, o.xp.matrix_transpose(_heads_first(k, o.xp)))
+    return matmul(q, o.xp.matrix_transpose(_heads_first(k, o.xp)), o.xp)
 
 
 def _carried_scores(q: Array, context: Context, p: Attention, xp: Namespace) -> Array:
     """Compute the same scores with the queries of all heads carried to the elements, by one product."""
     *batch, kv_heads, rows, _ = q.shape
-    carried = xp.matmul(q, xp.permute_dims(p.key.weight, (1, 2, 0)))  # (..., kv_heads, rows, dim)
+    carried = matmul(q, xp.permute_dims(p.key.weight, (1, 2, 0)), xp)  # (..., kv_heads, rows, dim)
     carried = xp.reshape(carried, (*batch, kv_heads * rows, carried.shape[-1]))
-    s = _split_heads(xp.matmul(carried, xp.matrix_transpose(context.elements)), kv_heads, xp)
-    return s if is_absent(p.key.bias) else s + xp.matmul(q, p.key.bias[..., None])
+    s = _split_heads(matmul(carried, xp.matrix_transpose(context.elements), xp), kv_heads, xp)
+    return s if is_absent(p.key.bias) else s + matmul(q, p.key.bias[..., None], xp)
 
 
 def _carried_values(e: Array, total: Array, context: Context, p: Attention, xp: Namespace) -> Array:
     """Sum the elements by their exponentials and project the sums, by one product for all heads."""
     *batch, kv_heads, rows, n = e.shape
-    sums = xp.matmul(xp.reshape(e, (*batch, kv_heads * rows, n)), context.elements)
-    weighted = xp.matmul(_split_heads(sums, kv_heads, xp), xp.permute_dims(p.value.weight, (1, 0, 2)))
+    sums = matmul(xp.reshape(e, (*batch, kv_heads * rows, n)), context.elements, xp)
+    weighted = matmul(_split_heads(sums, kv_heads, xp), xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
     return weighted if is_absent(p.value.bias) else weighted + total * p.value.bias[:, None, :]
 
 
@@ -356,7 +357,7 @@ def _queries(query: Array, p: Attention, o: Options) -> Array:
 def _project(x: Array, p: Linear, xp: Namespace) -> Array:
     """Map the last axis to heads: ``(..., n, dim)`` to ``(..., n, heads, head_dim)``."""
     dim, heads, head_dim = p.weight.shape
-    y = xp.matmul(x, xp.reshape(p.weight, (dim, heads * head_dim)))
+    y = matmul(x, xp.reshape(p.weight, (dim, heads * head_dim)), xp)
     y = xp.reshape(y, (*x.shape[:-1], heads, head_dim))
     return y if is_absent(p.bias) else y + p.bias
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from setattn import _check as check
 from setattn._call import Call
-from setattn._namespace import erf
+from setattn._namespace import erf, matmul
 from setattn._params import FeedForward, LayerNorm, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -39,7 +39,7 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
     """Compute ``x @ weight + bias``, or ``x`` itself where the map is absent."""
     if not isinstance(p, Linear):
         return x
-    y = xp.matmul(x, p.weight)
+    y = matmul(x, p.weight, xp)
     return y if is_absent(p.bias) else y + p.bias
 
 

@@ -124,6 +124,18 @@ def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     return np.errstate(under="ignore") if name_of(xp) == "numpy" else contextlib.nullcontext()
 
 
+def matmul(a: Array, b: Array, xp: Namespace) -> Array:
+    """Multiply matrices, without asking NumPy for the floating-point flags.
+
+    OpenBLAS raises some of them for lanes that it pads a small matrix with and then discards: they depend on what the
+    memory held before, and say nothing of the product.
+    """
+    if name_of(xp) != "numpy":
+        return xp.matmul(a, b)
+    with np.errstate(all="ignore"):
+        return xp.matmul(a, b)
+
+
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     """Copy an array of any namespace and device to NumPy; dtypes NumPy lacks become float32."""
     xp: Namespace = namespace_of(x)
