@@ -1,0 +1,1 @@
+"""Benchmarks of setattn beside other code for the same blocks: ``python -m benchmarks --help``."""

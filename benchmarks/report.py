@@ -1,0 +1,128 @@
+"""Measuring the rows, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.contestants import TOLERANCE, Contestant, error_of, peer_contestants, setattn_contestants
+from benchmarks.floor import Floor, Rates
+from benchmarks.problem import Row
+from benchmarks.timing import Settings, Spread, in_turns, ratio
+
+TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "jax.jit"}
+
+
+def measure_row(
+    row: Row, backends: tuple[str, ...], rates: Rates, settings: Settings, progress: Callable[[], Any]
+) -> dict[str, Any]:
+    """Check and time everything that computes a row, and return the results as they go into the JSON file."""
+    problem, missing = row.problem(), {}
+    reference = problem.reference()
+    contestants, errors, wrong = {}, {}, {}
+    for c in (*setattn_contestants(problem, backends), *peer_contestants(row, problem, missing)):
+        try:
+            errors[c.name], reason = check(c, reference)
+        except NotImplementedError:
+            continue
+        if reason:
+            wrong[c.name] = reason
+        else:
+            contestants[c.name] = c
+    floor = Floor.of(problem, reference.size, rates)
+    del reference
+    samples = in_turns({name: c.run for name, c in contestants.items()}, settings, progress)
+    spreads = {name: Spread.of(times) for name, times in samples.items()}
+    peers = [name for name, c in contestants.items() if not c.backend]
+    best = min(peers, key=lambda name: spreads[name].median, default=None)
+    return {
+        "name": row.name,
+        "size": row.size,
+        "targets": row.targets,
+        "floor": floor.as_dict(),
+        "best_peer": best,
+        "missing": missing,
+        "wrong": wrong,
+        "contestants": {
+            name: {
+                "backend": c.backend,
+                "variant": c.variant,
+                "error": errors[name],
+                "seconds": vars(spreads[name]),
+                "of_floor": floor.seconds / spreads[name].median,
+                "ratio": vars(ratio(samples[best], samples[name])) if best else None,
+                "rounds": len(samples[name]),
+            }
+            for name, c in contestants.items()
+        },
+    }
+
+
+def check(contestant: Contestant, reference: Any) -> tuple[float | None, str]:
+    """Return the error of a contestant and, if its numbers are not those of the reference, what is wrong."""
+    try:
+        error = error_of(contestant.run(), reference)
+    except NotImplementedError:
+        raise
+    except Exception as failure:
+        return None, f"failed: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    if not error <= TOLERANCE:  # NaN too
+        return error, f"differs by {error:.1e} of the largest entry, more than {TOLERANCE:.0e}"
+    return error, ""
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]], backends: tuple[str, ...]) -> str:
+    """Return the table in Markdown, its columns aligned."""
+    head = ["workload", "size", "best peer", "ms"]
+    head += [f"{TITLES[backend]}: {what}" for backend in backends for what in ("ratio (target)", "ms")]
+    head += ["floor, ms", f"of the floor ({', '.join(TITLES[b] for b in backends)})"]
+    cells = [head]
+    for row in rows:
+        for variant in variants(row):
+            ours = [find(row, backend, variant) for backend in backends]
+            peer = row["contestants"].get(row["best_peer"])
+            line = [row["name"] + (f", {variant}" if variant else ""), row["size"], row["best_peer"] or "none"]
+            line.append(milliseconds(peer))
+            for backend, c in zip(backends, ours, strict=True):
+                line += [ratio_cell(c, row["targets"].get(backend)), milliseconds(c)]
+            line.append(f"{digits(1e3 * row['floor']['seconds'])} ({row['floor']['bound']})")
+            line.append(" / ".join(f"{c['of_floor']:.2f}" if c else "-" for c in ours))
+            cells.append(line)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in cells)
+
+
+def variants(row: dict[str, Any]) -> list[str]:
+    """Return the names of setattn's variants in a row, the plain call first."""
+    return list(dict.fromkeys(c["variant"] for c in row["contestants"].values() if c["backend"]))
+
+
+def find(row: dict[str, Any], backend: str, variant: str = "") -> dict[str, Any] | None:
+    """Return what setattn did on a backend."""
+    wanted = (backend, variant)
+    return next((c for c in row["contestants"].values() if (c["backend"], c["variant"]) == wanted), None)
+
+
+def ratio_cell(contestant: dict[str, Any] | None, target: float | None) -> str:
+    if not contestant or not contestant["ratio"]:
+        return "-"
+    value = contestant["ratio"]["median"]
+    if target is None:
+        return digits(value)
+    return f"{digits(value)} ({'' if value >= target else 'missed '}{target:g})"
+
+
+def milliseconds(contestant: dict[str, Any] | None) -> str:
+    if not contestant:
+        return "-"
+    median, low, high = (1e3 * contestant["seconds"][key] for key in ("median", "low", "high"))
+    return f"{digits(median)} [{digits(low)}, {digits(high)}]"
+
+
+def digits(value: float) -> str:
+    """Write a number with three digits, or all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
