@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from setattn._attention import attention, attention_weights
 from setattn._attention_pool import attention_pool
+from setattn._blocks import Plan
 from setattn._convert import convert_params
 from setattn._errors import (
     ArgumentError,
@@ -32,6 +33,7 @@ from setattn._init import (
     init_pma,
     init_set_transformer,
 )
+from setattn._order import Order
 from setattn._params import (
     ISAB,
     MAB,
@@ -73,9 +75,11 @@ __all__ = [
     "MaskError",
     "NamespaceError",
     "OptionError",
+    "Order",
     "ParameterError",
     "Perceiver",
     "PerceiverIO",
+    "Plan",
     "RMSNorm",
     "Resampler",
     "SelfAttention",

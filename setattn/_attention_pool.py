@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attention import Context, attend
+from setattn._attend import Context, attend
+from setattn._blocks import Plan
 from setattn._call import begin, evaluate
-from setattn._layers import linear, norm, options, residual_feed_forward, select
+from setattn._layers import linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool
 from setattn._typing import Array
 
@@ -20,6 +21,7 @@ def attention_pool(
     activation: str = "gelu_tanh",
     eps: float = 1e-6,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Pool a set with the attention of a learned probe, without a residual of the probe.
 
@@ -47,6 +49,8 @@ def attention_pool(
         Added to the variance in the norms; the default is SigLIP's.
     scale : float, optional
         Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
+    plan : Plan, optional
+        How the result is computed: the order of products, the size of a block, threads.
 
     Returns
     -------
@@ -75,12 +79,12 @@ def attention_pool(
     call = begin("attention_pool", "x", x)
     structure.attention_pool(call, "params", params, check.data(call, "x", x))
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, p: AttentionPool) -> Array:
-        y = Context(norm(select(x, mask, o.xp), p.context_norm, o), mask)
-        h = attend(norm(p.probe, p.query_norm, o), [y], p.attention, o)
+    def body(p: AttentionPool) -> Array:
+        y = Context(x, mask, norm=p.context_norm)
+        h = attend(p.probe, [y], p.attention, o, p.query_norm)
         h = residual_feed_forward(h, p, o)
         return linear(norm(h, p.output_norm, o), p.output, o.xp)
 
-    return evaluate(call, body, x, params)
+    return evaluate(call, body, params)

@@ -30,11 +30,23 @@ def begin(function: str, argument: str, x: Any) -> Call:
     return Call(function, xp, native(x.dtype), device_of(x, xp))
 
 
-def evaluate(call: Call, body: Callable[..., Array], *trees: Any) -> Array:
-    """Compute ``body(*trees)``, in float32 where the arrays are of half precision, rounded once at the end."""
-    xp = call.xp
-    with ignore_underflow(xp):
-        if bits_of(call.dtype, xp) != 16:
-            return body(*trees)
-        wide = [None if tree is None else map_params(lambda a: xp.astype(a, xp.float32), tree) for tree in trees]
-        return xp.astype(body(*wide), call.dtype)
+def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
+    """Compute ``body(params)``, in float32 where the arrays are of half precision, rounded once at the end.
+
+    The parameters are widened here; the data, which may be large, where a block of it is taken.
+    """
+    with ignore_underflow(call.xp):
+        if not is_half(call):
+            return body(params)
+        wide = map_params(lambda a: widen(a, call.xp), params)
+        return call.xp.astype(body(wide), call.dtype)
+
+
+def is_half(call: Call) -> bool:
+    """Say whether the arrays of a call are of half precision."""
+    return bits_of(call.dtype, call.xp) == 16
+
+
+def widen(a: Array, xp: Namespace) -> Array:
+    """Convert to the dtype that half precision is computed in."""
+    return xp.astype(a, xp.float32, copy=False)

@@ -6,9 +6,12 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
+from setattn._blocks import Plan
 from setattn._call import Call
 from setattn._errors import DTypeError, MaskError, NamespaceError, OptionError, ShapeError
 from setattn._namespace import device_of, is_boolean, name_of, namespace_of, native
+from setattn._order import SCORES, VALUES, Order
+from setattn._threads import has_threads
 from setattn._typing import Array, Shape
 
 
@@ -126,6 +129,28 @@ def integer(function: str, argument: str, value: Any, *, least: int = 1) -> None
     """Check an integer; NumPy's are accepted, booleans are not."""
     if not is_integer(value) or value < least:
         raise OptionError(function, argument, repr(value), f"an integer of at least {least}")
+
+
+def plan(call: Call, value: Any) -> Plan:
+    """Check how a result is to be computed, and return it as it holds for the library at hand."""
+    if value is None:
+        return Plan()
+    if not isinstance(value, Plan):
+        raise OptionError(call.function, "plan", f"a {type(value).__qualname__}", "a setattn.Plan")
+    order, size, threads = value
+    if order is not None:
+        if not isinstance(order, Order):
+            raise OptionError(call.function, "plan.order", f"a {type(order).__qualname__}", "a setattn.Order")
+        choice(call.function, "plan.order.scores", order.scores, SCORES)
+        choice(call.function, "plan.order.values", order.values, VALUES)
+    if size is not None:
+        integer(call.function, "plan.block_size", size)
+    integer(call.function, "plan.threads", threads)
+    if name_of(call.xp) != "numpy":
+        return value._replace(threads=1)
+    if threads > 1 and not has_threads():
+        raise OptionError(call.function, "plan.threads", threads, "1, as the package threadpoolctl is not installed")
+    return value
 
 
 def choice(function: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:

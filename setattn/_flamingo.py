@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attention import Context, attend, select_context
+from setattn._attend import Context, attend, numbers_per_query
+from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate
-from setattn._layers import feed_forward, linear, norm, options, residual_feed_forward, select
+from setattn._layers import Options, enter, linear, norm, normed_feed_forward, options, residual_feed_forward, select
 from setattn._namespace import creation_device, cumulative_count
-from setattn._params import FeedForward, GatedCrossAttention, Resampler, is_absent
+from setattn._params import CrossAttention, FeedForward, GatedCrossAttention, Resampler, is_absent
 from setattn._typing import Array, Namespace
 
 
@@ -21,6 +22,7 @@ def perceiver_resampler(
     activation: str = "squared_relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Resample any number of visual features to a fixed number of latents.
 
@@ -53,6 +55,8 @@ def perceiver_resampler(
         Added to the variance in the norms.
     scale : float, optional
         Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
+    plan : Plan, optional
+        How the result is computed: the order of products, the size of a block, threads.
 
     Returns
     -------
@@ -82,18 +86,15 @@ def perceiver_resampler(
     call = begin("perceiver_resampler", "features", features)
     structure.perceiver_resampler(call, "params", params, features)
     check.mask(call, "mask", mask, features.shape[:-1], "one entry for each feature")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(features: Array, p: Resampler) -> Array:
-        y = _flatten(select(features, mask, o.xp), mask, p, o.xp)
-        z = p.latents
+    def body(p: Resampler) -> Array:
+        y, z = _flatten(features, mask, p, o), p.latents
         for layer in p.layers:
-            normed = norm(z, layer.query_norm, o)
-            x = y._replace(elements=norm(y.elements, layer.context_norm, o))
-            z = residual_feed_forward(z + attend(normed, [x, Context(normed)], layer.attention, o), layer, o)
+            z = _resample(z, y, layer, o)
         return norm(linear(z, p.output, o.xp), p.output_norm, o)
 
-    return evaluate(call, body, features, params)
+    return evaluate(call, body, params)
 
 
 def gated_cross_attention(
@@ -108,6 +109,7 @@ def gated_cross_attention(
     activation: str = "squared_relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Let text attend to media through gates that open from 0.
 
@@ -137,6 +139,8 @@ def gated_cross_attention(
         Added to the variance in the norms.
     scale : float, optional
         Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
+    plan : Plan, optional
+        How the result is computed: the order of products, the size of a block, threads.
 
     Returns
     -------
@@ -176,27 +180,42 @@ def gated_cross_attention(
     locations_shape = (*media.shape[:-3], x.shape[-2])
     check.mask(call, "media_locations", media_locations, locations_shape, "one entry for each element of x")
     check.switch(call.function, "immediate", immediate)
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, media: Array, params: GatedCrossAttention) -> Array:
-        xp, p = o.xp, params.cross_attention
-        y = _visible(media, mask, media_locations, immediate, xp)
-        y = y._replace(elements=norm(y.elements, p.context_norm, o))
-        a = select(attend(norm(x, p.query_norm, o), [y], p.attention, o), _sees_anything(y, xp), xp)
-        h = x + xp.tanh(params.attention_gate) * a
-        if isinstance(p.ff, FeedForward):
-            h = h + xp.tanh(params.ff_gate) * feed_forward(norm(h, p.ff_norm, o), p.ff, o)
-        return h
-
-    return evaluate(call, body, x, media, params)
+    y = _visible(media, mask, media_locations, immediate, o.xp)
+    return evaluate(call, lambda p: _gated(x, y, p, o), params)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _flatten(x: Array, mask: Array | None, p: Resampler, xp: Namespace) -> Context:
+def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
+    """Let latents attend to features and to themselves."""
+    contexts = [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
+    return residual_feed_forward(z + attend(z, contexts, p.attention, o, p.query_norm), p, o)
+
+
+def _gated(x: Array, y: Context, params: GatedCrossAttention, o: Options) -> Array:
+    xp, p = o.xp, params.cross_attention
+
+    def rows(x: Array, block: Block | None) -> Array:
+        x, part = enter(x, None, o), y.seen_by(block)
+        a = attend(x, [part], p.attention, o, p.query_norm)
+        h = x + xp.tanh(params.attention_gate) * select(a, _sees_anything(part, xp), xp)
+        if isinstance(p.ff, FeedForward):
+            h = h + xp.tanh(params.ff_gate) * normed_feed_forward(h, p.ff_norm, p.ff, o)
+        return h
+
+    y = y._replace(norm=p.context_norm)
+    return by_rows(rows, x, numbers_per_query(x, [y], p.attention), o.plan, xp)
+
+
+def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options) -> Context:
     """Map the features, add their embeddings and lay the frames of a medium end to end."""
-    x = linear(x, p.input, xp)
+    xp = o.xp
+    if is_absent(p.input) and is_absent(p.media_embedding) and is_absent(p.frame_embedding):
+        return Context(x, mask)
+    x = linear(enter(x, mask, o), p.input, xp)
     frames = not is_absent(p.frame_embedding)
     if not is_absent(p.media_embedding):
         media = p.media_embedding[: x.shape[-4 if frames else -3], :]
@@ -219,7 +238,7 @@ def _visible(media: Array, mask: Array | None, locations: Array | None, immediat
         sees = place == number if immediate else place >= number
         n = locations.shape[-1]
         pair_mask = xp.reshape(xp.broadcast_to(sees[..., None], (*batch, n, count, m)), (*batch, n, count * m))
-    return select_context(xp.reshape(media, (*batch, count * m, dim)), mask, pair_mask, xp)
+    return Context(xp.reshape(media, (*batch, count * m, dim)), mask, pair_mask)
 
 
 def _sees_anything(y: Context, xp: Namespace) -> Array:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from setattn import _check as check
-from setattn._call import Call
-from setattn._namespace import erf, matmul
+from setattn._blocks import Plan
+from setattn._call import Call, is_half, widen
+from setattn._namespace import erf, matmul, relu, row_mean, row_mean_square, surely_within
 from setattn._params import FeedForward, LayerNorm, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
+
+AnyNorm: TypeAlias = LayerNorm | RMSNorm | Absent
 
 
 class Options(NamedTuple):
@@ -20,19 +23,34 @@ class Options(NamedTuple):
     activation: str = "relu"
     eps: float = 1e-5
     scale: float | None = None
+    plan: Plan = Plan()
+    half: bool = False
 
 
-def options(call: Call, *, activation: str = "relu", eps: float = 1e-5, scale: float | None = None) -> Options:
+def options(
+    call: Call,
+    *,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    scale: float | None = None,
+    plan: Plan | None = None,
+) -> Options:
     """Check the options that most functions take."""
     check.choice(call.function, "activation", activation, ACTIVATIONS)
     eps = check.number(call.function, "eps", eps, positive=True)
     scale = None if scale is None else check.number(call.function, "scale", scale, positive=False)
-    return Options(call.xp, activation, eps, scale)
+    return Options(call.xp, activation, eps, scale, check.plan(call, plan), is_half(call))
 
 
 def select(x: Array, mask: Array | None, xp: Namespace) -> Array:
     """Put zeros in the place of the elements that do not take part, whatever their values are."""
     return x if mask is None else xp.where(mask[..., None], x, 0.0)
+
+
+def enter(x: Array, mask: Array | None, o: Options) -> Array:
+    """Take data in: select what takes part, and widen half precision."""
+    x = select(x, mask, o.xp)
+    return widen(x, o.xp) if o.half else x
 
 
 def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
@@ -43,21 +61,26 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
     return y if is_absent(p.bias) else y + p.bias
 
 
-def norm(x: Array, p: LayerNorm | RMSNorm | Absent, o: Options) -> Array:
+def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     """Normalise the last axis with the kind of norm that ``p`` is."""
     if not isinstance(p, LayerNorm | RMSNorm):
         return x
-    xp = o.xp
-    factor = _prescale(x, xp)
-    y = x * factor
+    xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if o.xp.finfo(x.dtype).bits == 64 else (2.0**50, 2.0**-80))
+    if surely_within(x, threshold, xp):
+        y, eps, shrink = x, o.eps, 1.0
+    else:
+        # A power of two for each row keeps its squares from overflowing.
+        overflows = xp.max(xp.abs(x), axis=-1, keepdims=True) > threshold
+        shrink = xp.where(overflows, factor, xp.ones_like(x[..., :1]))
+        y, eps = x * shrink, o.eps * shrink * shrink
     if isinstance(p, LayerNorm):
         # Taken from the first feature, a constant row is exactly 0 and a common offset costs no digits.
         y = y - y[..., :1]
-        y = y - xp.mean(y, axis=-1, keepdims=True)
-    power = xp.mean(y * y, axis=-1, keepdims=True) + o.eps * factor * factor
+        y = y - row_mean(y, xp)
+    power = row_mean_square(y, xp) + eps
     root = xp.sqrt(xp.where(power == 0, 1.0, power))  # the scaled eps may vanish, and a constant row is 0
     # Without a mean to subtract, a small feature beside a large one keeps its digits if it was never scaled.
-    y = y / root if isinstance(p, LayerNorm) else x / (root / factor)
+    y = y / root if isinstance(p, LayerNorm) else x / (root / shrink)
     if not is_absent(p.scale):
         y = y * p.scale
     if isinstance(p, LayerNorm) and not is_absent(p.bias):
@@ -65,19 +88,8 @@ def norm(x: Array, p: LayerNorm | RMSNorm | Absent, o: Options) -> Array:
     return y
 
 
-def _prescale(x: Array, xp: Namespace) -> Array:
-    """Return a power of two for each row that keeps its squares from overflowing; 1 for nearly all rows."""
-    threshold, factor = (2.0**400, 2.0**-700) if xp.finfo(x.dtype).bits == 64 else (2.0**50, 2.0**-80)
-    overflows = xp.any(xp.abs(x) > threshold, axis=-1, keepdims=True)
-    return xp.where(overflows, factor, xp.ones_like(x[..., :1]))
-
-
-def _relu(x: Array, xp: Namespace) -> Array:
-    return xp.where(x <= 0, 0.0, x)  # a NaN stays one
-
-
 def _squared_relu(x: Array, xp: Namespace) -> Array:
-    x = _relu(x, xp)
+    x = relu(x, xp)
     return x * x
 
 
@@ -96,7 +108,7 @@ def _silu(x: Array, xp: Namespace) -> Array:
 
 
 _ACTIVATIONS: dict[str, Callable[[Array, Namespace], Array]] = {
-    "relu": _relu,
+    "relu": relu,
     "squared_relu": _squared_relu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
@@ -117,4 +129,38 @@ def feed_forward(x: Array, p: FeedForward, o: Options) -> Array:
 
 def residual_feed_forward(x: Array, p: Any, o: Options) -> Array:
     """Compute ``x + ff(ff_norm(x))`` with the two parts of a block, or ``x`` where it has no ``ff``."""
-    return x if is_absent(p.ff) else x + feed_forward(norm(x, p.ff_norm, o), p.ff, o)
+    return x if is_absent(p.ff) else x + normed_feed_forward(x, p.ff_norm, p.ff, o)
+
+
+def normed_feed_forward(x: Array, p: AnyNorm, ff: FeedForward, o: Options) -> Array:
+    """Compute ``ff(norm(x))``."""
+    p, (hidden, gate) = folded(p, (ff.hidden, ff.gate), x.shape[-2], o.xp)
+    return feed_forward(norm(x, p, o), ff._replace(hidden=hidden, gate=gate), o)
+
+
+def folded(p: AnyNorm, maps: tuple[Linear | Absent, ...], rows: int, xp: Namespace) -> tuple[AnyNorm, tuple[Any, ...]]:
+    """Move the scale and bias of a norm into the maps that follow it, where the rows of a set are more than columns.
+
+    ``(y * scale + bias) @ weight`` is ``y @ (scale * weight) + bias @ weight``.
+    """
+    linears = [m for m in maps if isinstance(m, Linear)]
+    columns = sum(math.prod(m.weight.shape[1:]) for m in linears)
+    if not isinstance(p, LayerNorm | RMSNorm) or is_absent(p.scale) or not linears or not _pays(rows, columns):
+        return p, maps
+    bias = p.bias if isinstance(p, LayerNorm) else ()
+    return type(p)(), tuple(_absorb(m, p.scale, bias, xp) if isinstance(m, Linear) else m for m in maps)
+
+
+def _pays(rows: int, columns: int) -> bool:
+    """Say whether two operations for each row are more than a few for each column."""
+    return rows >= columns
+
+
+def _absorb(p: Linear, scale: Array, bias: Array, xp: Namespace) -> Linear:
+    dim, *out = p.weight.shape
+    weight = p.weight * xp.reshape(scale, (dim, *[1] * len(out)))
+    if is_absent(bias):
+        return Linear(weight, p.bias)
+    shift = matmul(xp.reshape(bias, (1, dim)), xp.reshape(p.weight, (dim, math.prod(out))), xp)
+    shift = xp.reshape(shift, tuple(out))
+    return Linear(weight, shift if is_absent(p.bias) else shift + p.bias)

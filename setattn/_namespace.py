@@ -50,7 +50,11 @@ class _Dask:
         return getattr(self._module, name)
 
     def reshape(self, x: Array, shape: Shape) -> Array:
-        return self._module.zeros(shape, dtype=x.dtype) if 0 in shape else self._module.reshape(x, shape)
+        if 0 not in shape:
+            return self._module.reshape(x, shape)
+        # Chunked as the elements would be: rounding, which depends on chunks, is then that of a set all masked.
+        chunks = [own if old == new else -1 for own, old, new in zip(x.chunks, x.shape, shape, strict=False)]
+        return self._module.zeros(shape, dtype=x.dtype, chunks=(*chunks, *[-1] * (len(shape) - len(chunks))))
 
     def max(self, x: Array, *, axis: int, keepdims: bool) -> Array:
         largest = functools.partial(np.max, initial=-math.inf)
@@ -134,6 +138,81 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
         return xp.matmul(a, b)
     with np.errstate(all="ignore"):
         return xp.matmul(a, b)
+
+
+_CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
+
+
+def block_bytes(x: Array, xp: Namespace) -> int | None:
+    """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
+
+    On a CPU, what a core's share of the caches holds; on a GPU, enough for a kernel to be busy with. A loop that is
+    traced becomes as many copies of its body, and Dask has blocks of its own.
+    """
+    name = name_of(xp)
+    if name == "dask":
+        return None
+    if name == "jax":
+        jax = sys.modules["jax"]
+        return None if isinstance(x, jax.core.Tracer) else _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
+    if name == "torch":
+        return None if xp.compiler.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
+    return _GPU_MEMORY if name == "cupy" else _CACHE
+
+
+def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
+    """Return an array to write parts like this one into, or ``None`` where arrays are not written to.
+
+    PyTorch records every write where it records gradients.
+    """
+    name = name_of(xp)
+    if name == "torch" and xp.is_grad_enabled():
+        return None
+    shape = list(part.shape)
+    shape[axis] = length
+    if name == "torch":
+        return part.new_empty(shape)
+    return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if name in ("numpy", "cupy") else None
+
+
+def put(out: Array, axis: int, cut: slice, part: Array) -> None:
+    """Write a part into an array that :func:`room` made."""
+    out[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)] = part
+
+
+def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
+    """Give ``t`` the chunks of the rows of ``x``, where there are chunks.
+
+    The products before went by another order of products, which leaves other chunks behind, and with them another
+    rounding of what follows.
+    """
+    return t.rechunk({len(t.shape) - 2: x.chunks[-2]}) if name_of(xp) == "dask" else t
+
+
+def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
+    """Say whether no number is beyond a limit, where that is known at no cost to tracing or a device: on NumPy."""
+    return name_of(xp) == "numpy" and x.size > 0 and bool(x.max() <= limit and x.min() >= -limit)
+
+
+def row_mean(x: Array, xp: Namespace) -> Array:
+    """Average the last axis, and keep it: NumPy's dot product of rows is faster than its mean."""
+    if name_of(xp) != "numpy":
+        return xp.mean(x, axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        return xp.vecdot(x, np.ones(x.shape[-1], dtype=x.dtype))[..., None] / x.shape[-1]
+
+
+def row_mean_square(x: Array, xp: Namespace) -> Array:
+    """Average the squares on the last axis, and keep it."""
+    if name_of(xp) != "numpy":
+        return xp.mean(x * x, axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        return xp.vecdot(x, x)[..., None] / x.shape[-1]
+
+
+def relu(x: Array, xp: Namespace) -> Array:
+    """Compute ``max(x, 0)``, of NaN a NaN: NumPy's ``where`` takes several times as long as its ``maximum``."""
+    return xp.maximum(x, xp.asarray(0, dtype=x.dtype)) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attention import Context, attend
-from setattn._call import begin, evaluate
+from setattn._attend import Context, attend, numbers_per_query
+from setattn._blocks import Block, Plan, by_rows
+from setattn._call import begin, evaluate, is_half, widen
 from setattn._errors import OptionError
-from setattn._layers import Options, linear, norm, options, residual_feed_forward, select
+from setattn._layers import Options, enter, linear, options, residual_feed_forward
 from setattn._params import CrossAttention, Perceiver, PerceiverIO, SelfAttention
-from setattn._typing import Array
+from setattn._typing import Absent, Array
 
 
 def cross_attention(
@@ -26,6 +27,7 @@ def cross_attention(
     activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply Perceiver's pre-norm cross-attention: latents attend to inputs.
 
@@ -53,6 +55,8 @@ def cross_attention(
         Added to the variance in the norms.
     scale : float, optional
         Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
+    plan : Plan, optional
+        How the result is computed: the order of products, the size of a block, threads.
 
     Returns
     -------
@@ -83,12 +87,9 @@ def cross_attention(
     structure.cross_attention(call, "params", params, z, y, query_residual=query_residual)
     check.same_batch(call, "latents", latents, inputs)
     check.context_mask(call, mask, inputs, "inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(latents: Array, inputs: Array, params: CrossAttention) -> Array:
-        return _cross_attention(latents, Context(select(inputs, mask, o.xp), mask), params, o, query_residual)
-
-    return evaluate(call, body, latents, inputs, params)
+    return evaluate(call, lambda p: _cross_attention(latents, Context(inputs, mask), p, o, query_residual), params)
 
 
 def latent_transformer(
@@ -99,6 +100,7 @@ def latent_transformer(
     activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply pre-norm self-attention layers to latents.
 
@@ -115,7 +117,7 @@ def latent_transformer(
         The latents :math:`Z`.
     params : tuple of SelfAttention
         The layers, in order.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`cross_attention`.
 
     Returns
@@ -143,13 +145,13 @@ def latent_transformer(
     """
     call = begin("latent_transformer", "latents", latents)
     structure.latent_transformer(call, "params", params, check.data(call, "latents", latents, "m, dim"))
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(latents: Array, params: tuple[SelfAttention, ...]) -> Array:
+    def body(params: tuple[SelfAttention, ...]) -> Array:
         # A result never shares memory with an argument, even where there is nothing to do.
         return _latent_transformer(latents, params, o) if params else o.xp.astype(latents, latents.dtype, copy=True)
 
-    return evaluate(call, body, latents, params)
+    return evaluate(call, body, params)
 
 
 def perceiver(
@@ -163,6 +165,7 @@ def perceiver(
     activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Encode a set of any size into a fixed number of latents.
 
@@ -186,7 +189,7 @@ def perceiver(
         Number of iterations; as many as the longer tuple has entries if not given.
     query_residual : bool, default True
         Whether the cross-attentions add their queries.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`cross_attention`.
 
     Returns
@@ -217,12 +220,9 @@ def perceiver(
     y = check.data(call, "inputs", inputs)
     structure.perceiver(call, "params", params, y, depth, query_residual=query_residual)
     check.context_mask(call, mask, inputs, "inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(inputs: Array, params: Perceiver) -> Array:
-        return _perceiver(Context(select(inputs, mask, o.xp), mask), params, o, depth, query_residual)
-
-    return evaluate(call, body, inputs, params)
+    return evaluate(call, lambda p: _perceiver(Context(inputs, mask), p, o, depth, query_residual), params)
 
 
 def perceiver_io(
@@ -238,6 +238,7 @@ def perceiver_io(
     activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Encode a set into latents and decode the latents at output queries.
 
@@ -258,7 +259,7 @@ def perceiver_io(
         Number of iterations of the encoder, as for :func:`perceiver`.
     query_residual, decoder_residual : bool
         Whether the cross-attentions of the encoder (default True) and of the decoder (default False) add their queries.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`cross_attention`.
 
     Returns
@@ -295,14 +296,14 @@ def perceiver_io(
     )
     check.same_batch(call, "queries", queries, inputs)
     check.context_mask(call, mask, inputs, "inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(inputs: Array, queries: Array, params: PerceiverIO) -> Array:
-        z = _perceiver(Context(select(inputs, mask, o.xp), mask), params.encoder, o, depth, query_residual)
+    def body(params: PerceiverIO) -> Array:
+        z = _perceiver(Context(inputs, mask), params.encoder, o, depth, query_residual)
         out = _cross_attention(queries, Context(z), params.decoder, o, decoder_residual)
         return linear(out, params.output, o.xp)
 
-    return evaluate(call, body, inputs, queries, params)
+    return evaluate(call, body, params)
 
 
 def fourier_features(
@@ -369,41 +370,55 @@ def fourier_features(
     for resolution in resolutions:
         check.number(call.function, "max_resolution", resolution, positive=True)
 
-    def body(positions: Array) -> Array:
+    def body(_: Absent) -> Array:
         xp = call.xp
+        x = widen(positions, xp) if is_half(call) else positions
         sines, cosines = [], []
         for axis, resolution in enumerate(resolutions):
             step = (resolution / 2.0 - 1.0) / max(num_bands - 1, 1)
-            angles = [positions[..., axis : axis + 1] * (math.pi * (1.0 + k * step)) for k in range(num_bands)]
+            angles = [x[..., axis : axis + 1] * (math.pi * (1.0 + k * step)) for k in range(num_bands)]
             angle = xp.concat(angles, axis=-1)
             sines.append(xp.sin(angle))
             cosines.append(xp.cos(angle))
         if order == "grouped":
-            parts = [positions, *sines, *cosines] if concat_position else [*sines, *cosines]
+            parts = [x, *sines, *cosines] if concat_position else [*sines, *cosines]
         else:
             parts = []
             for axis in range(axes):
                 parts += [sines[axis], cosines[axis]]
-                parts += [positions[..., axis : axis + 1]] if concat_position else []
+                parts += [x[..., axis : axis + 1]] if concat_position else []
         return xp.concat(parts, axis=-1)
 
-    return evaluate(call, body, positions)
+    return evaluate(call, body, ())
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
 def _cross_attention(z: Array, y: Context, p: CrossAttention, o: Options, query_residual: bool) -> Array:
-    y = y._replace(elements=norm(y.elements, p.context_norm, o))
-    h = attend(norm(z, p.query_norm, o), [y], p.attention, o)
-    return residual_feed_forward(z + h if query_residual else h, p, o)
+    def rows(z: Array, block: Block | None) -> Array:
+        z = enter(z, None, o)
+        h = attend(z, [y.seen_by(block)], p.attention, o, p.query_norm)
+        return residual_feed_forward(z + h if query_residual else h, p, o)
+
+    y = y._replace(norm=p.context_norm)
+    return by_rows(rows, z, numbers_per_query(z, [y], p.attention), o.plan, o.xp)
 
 
 def _latent_transformer(z: Array, layers: tuple[SelfAttention, ...], o: Options) -> Array:
     for layer in layers:
-        normed = norm(z, layer.norm, o)
-        z = residual_feed_forward(z + attend(normed, [Context(normed)], layer.attention, o), layer, o)
+        z = _self_attention(z, layer, o)
     return z
+
+
+def _self_attention(z: Array, p: SelfAttention, o: Options) -> Array:
+    def rows(x: Array, block: Block | None) -> Array:
+        x = enter(x, None, o)
+        h = x + attend(x, [y.seen_by(block)], p.attention, o, p.norm)
+        return residual_feed_forward(h, p, o)
+
+    y = Context(z, norm=p.norm)
+    return by_rows(rows, z, numbers_per_query(z, [y], p.attention), o.plan, o.xp)
 
 
 def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_residual: bool) -> Array:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attention import Context, attend, select_context
+from setattn._attend import Context, attend, numbers_per_query
+from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate
-from setattn._layers import Options, feed_forward, linear, norm, options, residual_feed_forward, select
+from setattn._layers import Options, enter, feed_forward, linear, norm, options, residual_feed_forward, select
 from setattn._params import ISAB, MAB, PMA, FeedForward, SetTransformer
 from setattn._typing import Array
 
@@ -23,6 +24,7 @@ def mab(
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply a multihead attention block: the elements of one set attend to those of another.
 
@@ -57,6 +59,8 @@ def mab(
         Added to the variance in the norms.
     scale : float, optional
         Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
+    plan : Plan, optional
+        How the result is computed: the order of products, the size of a block, threads.
 
     Returns
     -------
@@ -94,13 +98,9 @@ def mab(
     check.context_mask(call, mask, y, "y")
     check.mask(call, "query_mask", query_mask, x.shape[:-1], "one entry for each element of x")
     check.pair_mask(call, pair_mask, x, y, "x and y")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, y: Array, params: MAB) -> Array:
-        out = _mab(select(x, query_mask, o.xp), select_context(y, mask, pair_mask, o.xp), params, o)
-        return select(out, query_mask, o.xp)
-
-    return evaluate(call, body, x, y, params)
+    return evaluate(call, lambda p: _mab(x, Context(y, mask, pair_mask), p, o, query_mask), params)
 
 
 def sab(
@@ -112,6 +112,7 @@ def sab(
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply a set attention block: the elements of a set attend to one another.
 
@@ -125,7 +126,7 @@ def sab(
         The block, as for :func:`mab`; both its sets are ``x``.
     mask : array of bool, shape (..., n), optional
         True where an element takes part. The values of the others are never looked at; their rows of the result are 0.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`mab`.
 
     Returns
@@ -156,12 +157,9 @@ def sab(
     width = check.data(call, "x", x)
     structure.mab(call, "params", params, width, width)
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, params: MAB) -> Array:
-        return _sab(select(x, mask, o.xp), params, o, mask)
-
-    return evaluate(call, body, x, params)
+    return evaluate(call, lambda p: _sab(x, p, o, mask), params)
 
 
 def isab(
@@ -173,6 +171,7 @@ def isab(
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply an induced set attention block: the elements attend to one another through a few inducing points.
 
@@ -186,7 +185,7 @@ def isab(
         The inducing points :math:`I`, of shape ``(m, dim)``, and the two blocks.
     mask : array of bool, shape (..., n), optional
         True where an element takes part. The values of the others are never looked at; their rows of the result are 0.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`mab`.
 
     Returns
@@ -216,12 +215,9 @@ def isab(
     call = begin("isab", "x", x)
     structure.isab(call, "params", params, check.data(call, "x", x))
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, params: ISAB) -> Array:
-        return _isab(select(x, mask, o.xp), params, o, mask)
-
-    return evaluate(call, body, x, params)
+    return evaluate(call, lambda p: _isab(x, p, o, mask), params)
 
 
 def pma(
@@ -233,6 +229,7 @@ def pma(
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Pool a set by multihead attention: a few learned seeds attend to its elements.
 
@@ -246,7 +243,7 @@ def pma(
         The seeds :math:`S`, of shape ``(k, dim)``, the block, and the row-wise network, which may be absent.
     mask : array of bool, shape (..., n), optional
         True where an element takes part. The values of the others are never looked at.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`mab`.
 
     Returns
@@ -277,12 +274,9 @@ def pma(
     call = begin("pma", "x", x)
     structure.pma(call, "params", params, check.data(call, "x", x))
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, params: PMA) -> Array:
-        return _pma(select(x, mask, o.xp), params, o, mask)
-
-    return evaluate(call, body, x, params)
+    return evaluate(call, lambda p: _pma(x, p, o, mask), params)
 
 
 def set_transformer(
@@ -294,6 +288,7 @@ def set_transformer(
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     r"""Apply a Set Transformer: encode a set, pool it, decode what was pooled.
 
@@ -309,7 +304,7 @@ def set_transformer(
         Encoder blocks, pooling, decoder blocks, output layer.
     mask : array of bool, shape (..., n), optional
         True where an element takes part. The values of the others are never looked at.
-    activation, eps, scale
+    activation, eps, scale, plan
         As for :func:`mab`, the same in every block.
 
     Returns
@@ -339,10 +334,10 @@ def set_transformer(
     call = begin("set_transformer", "x", x)
     structure.set_transformer(call, "params", params, check.data(call, "x", x))
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(x: Array, params: SetTransformer) -> Array:
-        h = select(x, mask, o.xp)
+    def body(params: SetTransformer) -> Array:
+        h = x
         for block in params.encoder:
             h = _isab(h, block, o, mask) if isinstance(block, ISAB) else _sab(h, block, o, mask)
         h = _pma(h, params.pma, o, mask)
@@ -350,28 +345,34 @@ def set_transformer(
             h = _sab(h, block, o)
         return linear(h, params.output, o.xp)
 
-    return evaluate(call, body, x, params)
+    return evaluate(call, body, params)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _mab(x: Array, y: Context, p: MAB, o: Options) -> Array:
-    x = linear(x, p.project, o.xp)
-    y = y._replace(elements=norm(y.elements, p.context_norm, o))
-    h = norm(x + attend(norm(x, p.query_norm, o), [y], p.attention, o), p.attention_norm, o)
-    return norm(residual_feed_forward(h, p, o), p.output_norm, o)
+def _mab(x: Array, y: Context, p: MAB, o: Options, mask: Array | None = None) -> Array:
+    def rows(x: Array, block: Block | None) -> Array:
+        part = block.of(mask) if block is not None else mask
+        x = linear(enter(x, part, o), p.project, o.xp)
+        h = norm(x + attend(x, [y.seen_by(block)], p.attention, o, p.query_norm), p.attention_norm, o)
+        return select(norm(residual_feed_forward(h, p, o), p.output_norm, o), part, o.xp)
+
+    y = y._replace(norm=p.context_norm)
+    return by_rows(rows, x, numbers_per_query(x, [y], p.attention), o.plan, o.xp)
 
 
 def _sab(x: Array, p: MAB, o: Options, mask: Array | None = None) -> Array:
-    return select(_mab(x, Context(x, mask), p, o), mask, o.xp)
+    return _mab(x, Context(x, mask), p, o, mask)
 
 
 def _isab(x: Array, p: ISAB, o: Options, mask: Array | None = None) -> Array:
     h = _mab(p.inducing_points, Context(x, mask), p.mab_inducing, o)
-    return select(_mab(x, Context(h), p.mab_set, o), mask, o.xp)
+    return _mab(x, Context(h), p.mab_set, o, mask)
 
 
 def _pma(x: Array, p: PMA, o: Options, mask: Array | None = None) -> Array:
-    x = feed_forward(x, p.ff, o) if isinstance(p.ff, FeedForward) else x
-    return _mab(p.seeds, Context(x, mask), p.mab, o)
+    y = Context(x, mask)
+    if isinstance(ff := p.ff, FeedForward):
+        y = y._replace(prepare=lambda elements: feed_forward(elements, ff, o))
+    return _mab(p.seeds, y, p.mab, o)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from setattn import _attention, _layers
-from setattn._attention import Context, State
+from setattn import _attend, _layers
+from setattn._attend import Context, State
 
-_ORIGINAL = {name: getattr(_attention, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
+_ORIGINAL = {name: getattr(_attend, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
 _ORIGINAL |= {name: getattr(_layers, name) for name in ("select", "norm")}
 
 
@@ -125,7 +125,8 @@ def rescaled(factor: float = 1 + 1e-3) -> contextlib.AbstractContextManager[None
     """Scores are off by a factor."""
 
     def wrap(original: Any, q: Any, *rest: Any) -> Any:
-        return original(q * factor, *rest)
+        shift = None if q.shift is None else q.shift * factor
+        return original(q._replace(array=q.array * factor, shift=shift), *rest)
 
     return planted(make_state=wrap, softmax_weights=wrap)
 

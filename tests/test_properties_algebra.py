@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from strategies import Drawn, agree, blocks, for_all, rejects, same, seeds, values
 
 import setattn
-from setattn import LayerNorm, Linear, RMSNorm, _attention
+from setattn import LayerNorm, Linear, RMSNorm, _attend
 from setattn._layers import Options, norm
 from setattn._namespace import namespace_of
 from setattn._params import is_absent
@@ -604,6 +604,7 @@ class Parts:
 
     case: Drawn
     cuts: tuple[int, ...]
+    whole: Drawn | None = None  # what decides on the order of products, if not the case itself
 
     def __post_init__(self):
         object.__setattr__(
@@ -614,33 +615,41 @@ class Parts:
             ),
         )
 
-    def states(self) -> list[_attention.State]:
+    @property
+    def order(self) -> setattn.Order:
+        """The order of products that the whole set gets, but for the one that makes no states."""
+        query, y = (self.whole or self.case).arrays
+        return _attend.order_of(query, _attend.Context(y), self.case.params, self.o)
+
+    def states(self) -> list[_attend.State]:
         """The states of all parts."""
         query, y = self.case.arrays
         edges = [0, *self.cuts, self.case.size]
-        q = _attention._queries(query, self.case.params, self.o)
+        q = _attend.queries(query, _attend.Context(y), self.case.params, self.order, self.o)
         made = []
         for start, stop in itertools.pairwise(edges):
             masks = [None if m is None else m[..., start:stop] for m in map(self.case.masks.get, ("mask", "pair_mask"))]
-            context = _attention.select_context(y[..., start:stop, :], *masks, self.o.xp)
-            made.append(_attention.make_state(q, context, self.case.params, self.o))
+            context = _attend.ready(_attend.Context(y[..., start:stop, :], *masks), self.o)
+            made.append(_attend.make_state(q, context, self.case.params, self.o))
         return made
 
-    def merge(self, a: _attention.State, b: _attention.State) -> _attention.State:
-        return _attention.merge_states(a, b, self.o.xp)
+    def merge(self, a: _attend.State, b: _attend.State) -> _attend.State:
+        return _attend.merge_states(a, b, self.o.xp)
 
-    def empty(self) -> _attention.State:
+    def empty(self) -> _attend.State:
         return replace(
             self,
             case=self.case.with_elements(self.case.arrays[1][..., :0, :]).with_masks(
                 **{k: m[..., :0] for k, m in self.case.masks.items()}
             ),
             cuts=(),
+            whole=self.whole or self.case,
         ).states()[0]
 
-    def result(self, state: _attention.State) -> np.ndarray:
-        out = _attention.finish(state, self.o.xp)
-        return _attention._output(out, self.case.arrays[0], self.case.params, self.o.xp)
+    def result(self, state: _attend.State) -> np.ndarray:
+        state = _attend.of_values(state, self.order, self.case.params, self.o.xp)
+        out = _attend.finish(state, self.o.xp)
+        return _attend._output(out, self.case.arrays[0], self.case.params, self.o.xp)
 
     def bound(self, merges: int) -> np.ndarray:
         case = self.case
@@ -656,7 +665,7 @@ def parts(draw: st.DrawFn, cuts: int = 2, **kwargs: Any) -> Parts:
     return Parts(case, tuple(sorted(places)))
 
 
-def same_state(a: _attention.State, b: _attention.State) -> None:
+def same_state(a: _attend.State, b: _attend.State) -> None:
     for x, y in zip(a, b, strict=True):
         same(x, y)
 
@@ -750,7 +759,7 @@ def finishing_again(drawn: Parts) -> None:
     same(drawn.result(state), first)
     for a, b in zip(state, copies, strict=True):
         same(a, b)
-    same(first, drawn.case())
+    same(first, drawn.case(plan=setattn.Plan(order=drawn.order)))
 
 
 def test_finishing_does_not_touch_the_state():

@@ -267,13 +267,13 @@ def test_nothing_is_written_in_place():
 
 LAYERS = [
     {"_typing"},
-    {"_errors", "_erf", "_params"},
+    {"_errors", "_erf", "_params", "_order", "_threads"},
     {"_namespace"},
-    {"_call", "_convert"},
+    {"_call", "_convert", "_blocks"},
     {"_check"},
     {"_structure", "_layers", "_init/_draw"},
-    {"_attention", "_init/_layers"},
-    {"_attention_pool", "_set_transformer", "_perceiver", "_flamingo"},
+    {"_attend", "_init/_layers"},
+    {"_attention", "_attention_pool", "_set_transformer", "_perceiver", "_flamingo"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"__init__"},

@@ -1,0 +1,124 @@
+"""How a long axis is worked through: in blocks that stay in cache, on one thread or on several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from setattn._namespace import block_bytes, put, room
+from setattn._order import Order
+from setattn._threads import run
+from setattn._typing import Array, Namespace
+
+T = TypeVar("T")
+
+LEAST = 64  # rows of a block, below which its products are too small to be fast
+
+
+class Plan(NamedTuple):
+    """How a result is computed; what it is changes by no more than rounding.
+
+    Parameters
+    ----------
+    order : Order, optional
+        The order of the products of every attention, as far as it can be had; by default the one with the fewest
+        multiplications.
+    block_size : int, optional
+        How many elements of a set are worked through at a time; by default as many as keep the block in cache (on a
+        GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set is one block
+        unless a size is given here.
+    threads : int, default 1
+        How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
+        each; needs the package threadpoolctl. The result does not depend on it. Other libraries have threads of their
+        own and ignore it.
+    """
+
+    order: Order | None = None
+    block_size: int | None = None
+    threads: int = 1
+
+
+class Block(NamedTuple):
+    """A part of one axis of arrays that have this axis in common."""
+
+    axis: int  # of the batch, counted from the first; or -1, that of the rows
+    cut: slice
+
+    def of(self, a: Array | None, after: int = 0) -> Array | None:
+        """Take the part of an array that has ``after`` axes after the one of the rows."""
+        if a is None:
+            return None
+        if self.axis >= 0:
+            return a[(slice(None),) * self.axis + (self.cut, ...)]
+        return a[(..., self.cut) + (slice(None),) * after]
+
+
+def cut(size: int, most: int) -> list[slice]:
+    """Cut an axis into parts of nearly equal size, of at most ``most`` each."""
+    parts = max(1, -(-size // most))
+    return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+
+
+def rows_in_a_block(plan: Plan, x: Array, numbers: int, xp: Namespace) -> int | None:
+    """Return how many rows make a block, with so many numbers at work for each; ``None``: all of them."""
+    if plan.block_size is not None:
+        return plan.block_size
+    budget = block_bytes(x, xp)
+    return None if budget is None else max(LEAST, budget // (4 * numbers))
+
+
+def sets_in_a_block(batch: Sequence[int], numbers: int, x: Array, xp: Namespace) -> tuple[int | None, int]:
+    """Return the axis of the batch to cut, if any, and how much of it makes a block, with so many numbers for a set."""
+    budget = block_bytes(x, xp)
+    if budget is None or not batch or 0 in batch:
+        return None, 0
+    axis = max(range(len(batch)), key=lambda i: batch[i])
+    most = max(1, budget // max(1, 4 * numbers * (math.prod(batch) // batch[axis])))
+    return (axis, most) if batch[axis] > most else (None, 0)
+
+
+def by_rows(
+    function: Callable[[Array, Block | None], Array], x: Array, numbers: int, plan: Plan, xp: Namespace
+) -> Array:
+    """Compute ``function(block of x, which block)`` for rows ``(..., m, dim)``, and put the results together.
+
+    Where a set fits in a block, the blocks are of whole sets. ``numbers`` are at work for each row.
+    """
+    *batch, m, _ = x.shape
+    size = rows_in_a_block(plan, x, numbers, xp)
+    if size is None:
+        return function(x, None)
+    axis, most = (-1, size) if m > size else sets_in_a_block(batch, m * numbers, x, xp)
+    if axis is None:
+        return function(x, None)
+    cuts = cut(m if axis < 0 else batch[axis], most)
+    return _assemble(lambda c: function(Block(axis, c).of(x, 1), Block(axis, c)), cuts, axis, xp, plan.threads)
+
+
+def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: Namespace, threads: int) -> Array:
+    """Put ``make(cut)`` for all cuts of an axis together, without holding them twice where an array can be written."""
+    at = axis if axis >= 0 else -2
+    first = make(cuts[0])
+    out = room(first, at, cuts[-1].stop, xp)
+    if out is None:
+        return xp.concat([first, *map(make, cuts[1:])], axis=at)
+
+    put(out, at, cuts[0], first)
+    for _ in run(lambda c: put(out, at, c, make(c)), cuts[1:], threads):
+        pass
+    return out
+
+
+def fold(merge: Callable[[T, T], T], parts: Iterable[T]) -> T:
+    """Merge parts as a balanced tree, in their order: no rounding error is carried through all of them."""
+    stack: list[tuple[int, T]] = []
+    for part in parts:
+        size = 1
+        while stack and stack[-1][0] == size:
+            part, size = merge(stack.pop()[1], part), 2 * size  # noqa: PLW2901
+        stack.append((size, part))
+    result = stack.pop()[1]
+    while stack:
+        result = merge(stack.pop()[1], result)
+    return result

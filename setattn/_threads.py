@@ -1,0 +1,66 @@
+"""Blocks on several threads, with the products of each on one."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_here = threading.local()
+
+
+def has_threads() -> bool:
+    """Say whether the package is there that keeps each product on its own thread."""
+    return importlib.util.find_spec("threadpoolctl") is not None
+
+
+def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterator[U]:
+    """Yield ``function(item)`` for all items in their order; a block does not spread its own blocks over threads."""
+    if threads == 1 or len(items) < 2 or getattr(_here, "working", False):
+        yield from map(function, items)
+        return
+
+    def work(context: contextvars.Context, item: T) -> U:
+        _here.working = True
+        return context.run(function, item)  # NumPy keeps its error state in the context
+
+    with _products_on_one_thread, ThreadPoolExecutor(min(threads, len(items))) as pool:
+        yield from pool.map(work, [contextvars.copy_context() for _ in items], items)
+
+
+class _ProductsOnOneThread(contextlib.AbstractContextManager[None]):
+    """Holds the threads of BLAS at one while any call needs it; that is a setting of the whole process.
+
+    Two calls that overlap must not restore what the other one had set, so only the last one out restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._controller: Any = None
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                if self._controller is None:
+                    from threadpoolctl import ThreadpoolController
+
+                    self._controller = ThreadpoolController()
+                self._limit = self._controller.limit(limits=1, user_api="blas")
+            self._users += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._limit.restore_original_limits()
+
+
+_products_on_one_thread = _ProductsOnOneThread()
