@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 import setattn
+from setattn._order import Sizes, choose, multiplications
 
 IMAGES = Path(__file__).parent / "images"
 INK, FAINT, LINE = "#22303c", "#7b8794", "#52606d"
@@ -433,6 +434,33 @@ def state() -> Figure:
     return fig
 
 
+def order() -> Figure:
+    """The multiplications of the orders of products, against the size of the short side."""
+    fig, panels = Figure(figsize=(9.6, 3.6), layout="constrained"), []
+    counts = np.unique(np.geomspace(1, 1000, 120).astype(int))
+    block = {"dim": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "value_dim": 32, "dim_query": 128, "dim_out": 128}
+    sides = [
+        ("queries", "elements", "m queries meet 100 000 elements", ("carry_queries", "carry_weights"), "#2f6fad"),
+        ("elements", "queries", "100 000 queries meet n elements", ("carry_keys", "carry_output"), "#b7631c"),
+    ]
+    for i, (short, long, title, carried, color) in enumerate(sides):
+        ax = fig.add_subplot(1, 2, i + 1, sharey=panels[0] if panels else None)
+        sizes = [Sizes(**{short: int(count), long: 100_000}, **block) for count in counts]
+        for names, line, shade in ((("project", "project"), "project both sides", FAINT), (carried, None, color)):
+            millions = [multiplications(s, setattn.Order(*names)) / 1e9 for s in sizes]
+            ax.plot(counts, millions, color=shade, lw=2, label=line or " and ".join(n.replace("_", " ") for n in names))
+        best = [choose(s) for s in sizes]
+        crossing = next(int(count) for count, b in zip(counts, best, strict=True) if b == setattn.Order())
+        ax.axvline(crossing, color=LINE, lw=0.8, ls=":")
+        ax.annotate(f"{crossing}", (crossing, 1.05), xytext=(4, 0), textcoords="offset points", color=LINE)
+        ax.set(xscale="log", yscale="log", xlabel=f"{short} ({'m' if short == 'queries' else 'n'})", title=title)
+        ax.legend(frameon=False, fontsize=8, loc="upper left")
+        ax.spines[["top", "right"]].set_visible(False)
+        panels.append(ax)
+    panels[0].set_ylabel("multiplications, in 10\N{SUPERSCRIPT NINE}")
+    return fig
+
+
 FIGURES = {
     "mab": mab,
     "set_blocks": set_blocks,
@@ -443,6 +471,7 @@ FIGURES = {
     "gated": gated,
     "attention_map": attention_map,
     "state": state,
+    "order": order,
 }
 
 
