@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import inspect
 import os
 import pickle
@@ -661,6 +662,75 @@ def test_integers_of_numpy_and_sequences_are_taken():
     np.testing.assert_array_equal(case.numpy(depth=np.int64(3)), case.numpy(depth=3))
     case = ALL["fourier_features"]
     np.testing.assert_array_equal(case.numpy(num_bands=np.uint8(4), max_resolution=[7, 9.0, 11]), case.numpy())
+
+
+# --- inside a trace -------------------------------------------------------------------------------------------------
+
+
+TRACED = ["width", "axes", "batch", "float mask", "mask shape", "mixed dtypes", "dtype of params", "node", "option"]
+
+
+def faulty(what: str, backend: Backend) -> tuple[Any, tuple[Any, ...]]:
+    """Return a function of arrays, parameters and masks of which one thing is wrong, and what to call it with."""
+    case, options = ALL["mab"], {}
+    (x, y), params, masks = case.trees(backend, "float32")
+    if what == "width":
+        y = y[..., 1:]
+    elif what == "axes":
+        x = x[0, 0]
+    elif what == "batch":
+        x = x[:1]
+    elif what == "float mask":
+        masks |= {"mask": backend.asarray(case.masks["mask"].astype("float32"), "float32")}
+    elif what == "mask shape":
+        masks |= {"mask": masks["mask"][:, 1:]}
+    elif what == "mixed dtypes":
+        y = backend.asarray(case.arrays[1], "float64")
+    elif what == "dtype of params":
+        params = backend.params(case.params, "float64")
+    elif what == "node":
+        params = params.attention
+    elif what == "option":
+        options = {"eps": -1.0}
+    return lambda x, y, params, masks: setattn.mab(x, y, params, **masks, **options), (x, y, params, masks)
+
+
+def eager_error(what: str, backend: Backend) -> ArgumentError:
+    call, trees = faulty(what, backend)
+    with pytest.raises(ArgumentError) as caught:
+        call(*trees)
+    return caught.value
+
+
+def assert_same_error(error: ArgumentError, other: ArgumentError) -> None:
+    assert type(error) is type(other)
+    assert str(error) == str(other)
+    assert vars(other).items() <= vars(error).items()  # JAX adds a note
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+@pytest.mark.parametrize("what", TRACED)
+def test_faults_inside_jit_are_the_same_errors(backend, what):
+    error, (call, trees) = eager_error(what, backend), faulty(what, backend)
+    with no_arithmetic(), pytest.raises(ArgumentError) as caught:
+        importlib.import_module("jax").jit(call)(*trees)
+    assert_same_error(caught.value, error)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("what", TRACED)
+def test_faults_inside_torch_compile_are_the_same_errors(backend, what):
+    """With ``fullgraph=True``, which PyTorch lets no exception out of but its own, all of ours stands in its text."""
+    torch, error, (call, trees) = backend.xp, eager_error(what, backend), faulty(what, backend)
+    torch.compiler.reset()
+    with pytest.raises(ArgumentError) as caught:
+        torch.compile(call, backend="eager")(*trees)
+    assert_same_error(caught.value, error)
+    torch.compiler.reset()
+    with pytest.raises(importlib.import_module("torch._dynamo").exc.Unsupported) as caught:
+        torch.compile(call, fullgraph=True, backend="eager")(*trees)
+    parts = (error.function, error.argument, error.got, error.wanted)
+    assert f"raised exception {type(error).__name__}({', '.join(map(repr, parts))}" in str(caught.value)
 
 
 # --- every single fault ---------------------------------------------------------------------------------------------
