@@ -111,6 +111,19 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).is_file(), f"{page.name}: {target}"
 
 
+def test_profiles_of_hypothesis_are_told():
+    variable = "SETATTN_HYPOTHESIS_PROFILE"
+    source = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert variable in source
+    assert variable in told
+    profiles = re.findall(r'register_profile\(\s*"(\w+)", max_examples=(\d+)', source)
+    assert [name for name, _ in profiles] == ["dev", "ci", "nightly"]
+    assert all(f"`{name}` ({examples}," in told for name, examples in profiles)
+    script = ROOT / ".ci" / "run"
+    assert not script.is_file() or f"export {variable}=ci" in script.read_text(encoding="utf-8")
+
+
 def test_tables_are_those_of_the_test_matrix():
     make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
     assert make_tables["main"](check=True) == 0, "run python docs/make_tables.py"
