@@ -129,6 +129,26 @@ def test_tables_are_those_of_the_test_matrix():
     assert make_tables["main"](check=True) == 0, "run python docs/make_tables.py"
 
 
+def test_only_what_is_tested_is_advertised():
+    make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
+    backends, record = make_tables["load_backends"](), (DOCS / "gpu-record.md").read_text(encoding="utf-8")
+
+    def rows(record):
+        cells = [line.strip("| ").split(" | ") for line in make_tables["table"](backends, record).splitlines()[2:]]
+        return {name: (devices, how) for name, devices, _, _, how in cells}
+
+    on_gpu = {b.module for b in backends.values() if b.hardware == "CUDA"}
+    for b in (b for b in backends.values() if b.listed):
+        devices, how = rows(record)[make_tables["TITLES"][b.name]]
+        assert ("CUDA" in devices) == (b.module in on_gpu) == ("docs/gpu-record.md" in how)
+    ran = "| {} | A100 | 570, 13.0 | 14.0, 2.4 | abc | `python -m pytest --backends {}` | 5 passed |\n"
+    empty = record[: record.index("| --- |")]
+    assert rows(empty)["CuPy"] == ("CUDA", "by hand on a GPU machine, none so far: see docs/gpu-record.md")
+    two = rows(empty + ran.format("2026-02-03", "cupy") + ran.format("2026-02-01", "cupy,torch-cuda"))
+    assert two["CuPy"] == ("CUDA", "by hand on a GPU machine, last on 2026-02-03: see docs/gpu-record.md")
+    assert two["PyTorch"][1].endswith("; CUDA by hand on a GPU machine, last on 2026-02-01: see docs/gpu-record.md")
+
+
 def test_figures_are_those_of_the_script(tmp_path):
     pytest.importorskip("matplotlib")
     make_figures = runpy.run_path(str(DOCS / "make_figures.py"))
