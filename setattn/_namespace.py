@@ -81,9 +81,18 @@ def bits_of(dtype: Any, xp: Namespace) -> int:
         if not xp.isdtype(dtype, "real floating"):
             return 0
         bits: int = xp.finfo(dtype).bits
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return 0
     return bits
+
+
+def why_not(dtype: str, xp: Namespace) -> str:
+    """Say why a library cannot hold a dtype of this name; nothing if it can."""
+    if not hasattr(xp, dtype):
+        return f"{name_of(xp)} has no {dtype}"
+    if name_of(xp) == "jax" and dtype == "float64" and not sys.modules["jax"].config.jax_enable_x64:
+        return "jax has float64 only with jax_enable_x64"
+    return ""
 
 
 def native(dtype: Any) -> Any:

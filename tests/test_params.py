@@ -237,6 +237,58 @@ def test_dtype_of_another_library():
         setattn.convert_params(TREE, np, dtype=torch.float32)
 
 
+def test_dtype_of_numpy_for_a_library_that_has_its_own():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DTypeError, match=r"is <class 'numpy.float32'>; wanted a real floating dtype of torch"):
+        setattn.convert_params(TREE, torch, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "dtype"),
+    [
+        ("numpy", "strict", "float16"),
+        ("torch", "strict", "bfloat16"),
+        ("torch", "numpy", "bfloat16"),
+        ("jax", "numpy", "bfloat16"),
+        ("torch", "dask", "bfloat16"),
+    ],
+)
+def test_dtype_that_the_library_lacks(source, target, dtype):
+    """Nothing becomes another dtype unasked; where one is given, the values are the same."""
+    for name in (source, target):
+        if reason := BACKENDS[name].missing():
+            pytest.skip(reason)
+    source, target = BACKENDS[source], BACKENDS[target]
+    there = source.params(Linear(np.ones((2, 3)), np.full(3, 0.75)), dtype)
+    with pytest.raises(DTypeError) as caught:
+        setattn.convert_params(there, target.xp)
+    assert caught.value.argument == "params"
+    assert str(caught.value.got).endswith(dtype)
+    assert str(caught.value).endswith(f" or another one by dtype=: {target.xp.__name__.split('.')[0]} has no {dtype}")
+    wide = setattn.convert_params(there, target.xp, dtype=target.dtype("float32"))
+    assert target.numpy(wide.bias).tolist() == [0.75] * 3
+
+
+def test_bfloat16_from_one_library_that_has_it_to_another():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    a = torch.asarray([1.0, 0.3, -2.0], dtype=torch.bfloat16)
+    there = setattn.convert_params(a, jax.numpy)
+    assert there.dtype == jax.numpy.bfloat16
+    back = setattn.convert_params(there, torch)
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back, a)
+
+
+@pytest.mark.parametrize("backend", ["jax-no-x64"], indirect=True)
+def test_float64_where_jax_would_make_float32_of_it(backend):
+    jnp = backend.xp
+    with pytest.raises(DTypeError, match=r"'dtype' is float64; wanted .*: jax has float64 only with jax_enable_x64"):
+        setattn.convert_params(float32(TREE), jnp, dtype=jnp.float64)
+    with pytest.raises(DTypeError, match=r"'params' is holding an array of dtype float64; .* jax_enable_x64"):
+        setattn.convert_params(setattn.map_params(lambda a: a.astype("float64"), TREE), jnp)
+    assert leaves(setattn.convert_params(TREE, jnp, dtype=jnp.float32))[0].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("wrong", [None, 1.0, [1.0, 2.0], np.float32(1), "weight", {}, np.ones((2, 2)).view(np.matrix)])
 def test_leaves_that_are_no_arrays(backend, wrong):
     message = f"^convert_params: argument 'params' is holding a {type(wrong).__name__}; wanted arrays alone$"
