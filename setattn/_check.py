@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from setattn._call import Call
 from setattn._errors import DTypeError, MaskError, NamespaceError, OptionError, ShapeError
-from setattn._namespace import device_of, is_boolean, name_of, namespace_of, native
+from setattn._namespace import device_of, is_boolean, name_of, namespace_of, native, unlike_others
 from setattn._typing import Array, Shape
 
 
@@ -25,13 +25,13 @@ class Width(NamedTuple):
 
 def _belongs(call: Call, argument: str, a: Any) -> None:
     xp = namespace_of(a)
-    wanted = f"an array of {name_of(call.xp)}"
     if xp is None:
-        raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", wanted)
+        raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", f"an array of {name_of(call.xp)}")
     if xp is not call.xp:
-        raise NamespaceError(
-            call.function, argument, f"an array of {name_of(xp)}", f"{wanted}, as the first argument is"
-        )
+        wanted = f"an array of {name_of(call.xp)}, as the first argument is"
+        raise NamespaceError(call.function, argument, f"an array of {name_of(xp)}", wanted)
+    if kind := unlike_others(a, xp):
+        raise NamespaceError(call.function, argument, *kind)
     if call.device is not None:
         device = device_of(a, xp)
         if device is not None and device != call.device:

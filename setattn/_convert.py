@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from setattn._errors import DTypeError, NamespaceError
-from setattn._namespace import bits_of, convert_array, name_of, namespace_of, native, normalize_namespace, why_not
+from setattn._namespace import (
+    bits_of,
+    convert_array,
+    name_of,
+    namespace_of,
+    native,
+    normalize_namespace,
+    unlike_others,
+    why_not,
+)
 from setattn._params import map_params
 from setattn._typing import Array, Namespace
 
@@ -62,6 +71,8 @@ def convert_params(params: T, /, xp: Namespace, *, device: Any = None, dtype: An
         source = namespace_of(a)
         if source is None:
             raise NamespaceError(function, "params", f"holding a {type(a).__qualname__}", "arrays alone")
+        if kind := unlike_others(a, source):
+            raise NamespaceError(function, "params", f"holding {kind[0]}", kind[1])
         if bits_of(a.dtype, source) not in (16, 32, 64):
             wanted = "real floating arrays of 16, 32 or 64 bits alone"
             raise DTypeError(function, "params", f"holding an array of dtype {a.dtype}", wanted)

@@ -121,6 +121,21 @@ def device_of(x: Array, xp: Namespace) -> Any:
     return None if name_of(xp) == "numpy" else x.device
 
 
+def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
+    """Say what an array is and what it should be, where it is of a kind that the rest of its library does not take."""
+    name = name_of(xp)
+    if name == "torch":
+        if x.is_nested:
+            return "a nested tensor", "a tensor padded by to_padded_tensor(), with a mask"
+        if x.layout != xp.strided:
+            return f"a tensor of layout {x.layout}", "a dense tensor, as to_dense() makes it"
+    if name == "dask":
+        kind = type(x._meta)
+        if not issubclass(kind, np.ndarray) or issubclass(kind, np.matrix | np.ma.MaskedArray):
+            return f"an array of dask with chunks of {kind.__qualname__}", "one whose chunks are plain arrays of numpy"
+    return None
+
+
 def creation_device(x: Array, xp: Namespace) -> Any:
     """Return the device to create an array on that will meet ``x``; JAX and Dask place it themselves."""
     if name_of(xp) in ("jax", "dask"):

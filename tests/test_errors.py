@@ -518,6 +518,76 @@ def test_arrays_of_objects_and_data_frames():
         setattn.sab(pandas.DataFrame(case.arrays[0][0]), case.params)
 
 
+def spoiled_one_by_one(backend: Backend, spoil: Any) -> Iterator[tuple[str, ArgumentError]]:
+    """Spoil an array after another of a call that has them in all places; return what is at fault, and the error."""
+    case = ALL["attention-pairs-and-bias"]
+    arrays, params, masks = case.trees(backend, "float32")
+    key = params.key._replace(weight=spoil(params.key.weight))
+    calls = {
+        "query": ((spoil(arrays[0]), arrays[1]), params, masks),
+        "context": ((arrays[0], spoil(arrays[1])), params, masks),
+        "params.key.weight": (arrays, params._replace(key=key), masks),
+    }
+    calls |= {key: (arrays, params, masks | {key: spoil(m)}) for key, m in masks.items()}
+    for argument, trees in calls.items():
+        with no_arithmetic(), pytest.raises(NamespaceError) as caught:
+            case.call(*trees)
+        assert caught.value.argument == argument
+        assert "\n" not in str(caught.value)
+        yield caught.value
+    with pytest.raises(NamespaceError, match=f"holding {re.escape(caught.value.got)}; wanted"):
+        setattn.convert_params(Linear(spoil(arrays[1])), np)
+
+
+def _nested(a):
+    torch = sys.modules["torch"]
+    return torch.nested.nested_tensor([a.reshape(-1), a.reshape(-1)[1:]], layout=torch.jagged)
+
+
+KINDS_OF_TORCH = {
+    "sparse": (lambda a: a.to_sparse(), "a tensor of layout torch.sparse_coo"),
+    "rows": (lambda a: a.reshape(-1, a.shape[-1]).to_sparse_csr(), "a tensor of layout torch.sparse_csr"),
+    "nested": (lambda a: sys.modules["torch"].nested.nested_tensor([a[0], a[1][1:]]), "a nested tensor"),
+    "jagged": (_nested, "a nested tensor"),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse .* in beta state:UserWarning", "ignore:The PyTorch API of nested:UserWarning"
+)
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS_OF_TORCH)
+def test_tensors_that_are_not_dense(backend, kind):
+    spoil, got = KINDS_OF_TORCH[kind]
+    for error in spoiled_one_by_one(backend, spoil):
+        assert error.got == got
+
+
+class Duck:
+    """The array of a library that Dask takes for one."""
+
+    __array_function__ = __array_ufunc__ = None
+    ndim = 2
+
+    def __init__(self, dtype: Any) -> None:
+        self.shape, self.dtype = (0,), np.dtype(dtype)
+
+
+@pytest.mark.parametrize("backend", ["dask"], indirect=True)
+@pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix, Duck])
+def test_chunks_of_dask_that_are_no_plain_arrays(backend, kind):
+    def spoil(a):
+        a = a.copy()
+        a._meta = Duck(a.dtype) if kind is Duck else np.empty((0, 0), a.dtype).view(kind)
+        return a
+
+    for error in spoiled_one_by_one(backend, spoil):
+        assert error.got == f"an array of dask with chunks of {kind.__name__}"
+    masked = backend.xp.ma.masked_array(backend.xp.ones((N, DIM)), False)
+    with backend.lazily(), pytest.raises(NamespaceError, match="chunks of MaskedArray"):
+        setattn.sab(masked, backend.params(ALL["sab"].params, "float64"))
+
+
 def test_devices_of_array_api_strict_that_differ():
     strict = pytest.importorskip("array_api_strict")
     case, here, there = ALL["mab"], BACKENDS["strict"], BACKENDS["strict-device1"]
