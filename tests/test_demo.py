@@ -21,7 +21,7 @@ pytest.importorskip("tqdm")
 from setattn.demo._data import load_digits, shuffle, to_images, to_sets
 from setattn.demo._model import WEIGHTS, flatten, init_model, load_model, logits, seed_attention, unflatten
 
-HELP = 'python -m pip install "setattn[{}]"'
+HELP = 'python -m pip install "setattn[{0}]" (in a clone: ".[{0}]")'
 
 
 def run(folder, *arguments, code="", module="setattn", strict=True):
@@ -180,8 +180,8 @@ def test_missing_library(library, tmp_path):
 def test_missing_cupy_names_both_extras(tmp_path):
     code, _, error = run(tmp_path, "demo", "--backend", "cupy", code=without("cupy"))
     assert (code, error.count("\n")) == (2, 1)
-    assert HELP.format("cupy-cuda12x") in error
-    assert HELP.format("cupy-cuda13x") in error
+    assert 'pip install "setattn[cupy-cuda12x]" or "setattn[cupy-cuda13x]"' in error
+    assert '(in a clone: ".[cupy-cuda12x]" or ".[cupy-cuda13x]")' in error
 
 
 def test_cupy_without_a_gpu(tmp_path):
@@ -214,6 +214,13 @@ def test_unknown_words_name_the_known_ones(tmp_path):
         code, _, error = run(tmp_path, "demo", "--sets", number)
         assert code == 2
         assert "1 to 500" in error or "expected one argument" in error
+
+
+def test_help_names_the_defaults(tmp_path):
+    code, output, _ = run(tmp_path, "demo", "--help")
+    assert code == 0
+    words = " ".join(output.split())
+    assert all(f"(default: {default})" in words for default in ("numpy", "digits.png", "500"))
 
 
 @pytest.mark.parametrize("out", ["missing/digits.png", "folder.png", "file/digits.png"])
@@ -251,6 +258,15 @@ def test_training_without_torch(tmp_path):
     code, output, error = run(tmp_path, module="setattn.demo.train", code=without("torch"))
     assert (code, output, error.count("\n")) == (2, "", 1)
     assert HELP.format("demo,torch") in error
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--seed"])
+def test_training_names_the_numbers_it_takes(option, tmp_path):
+    for number in ("-1", "many", "1.5", "") + (("0",) if option == "--epochs" else (str(2**64),)):
+        code, output, error = run(tmp_path, option, number, module="setattn.demo.train", code=without("torch"))
+        assert (code, output) == (2, "")
+        allowed = "of at least 1" if option == "--epochs" else f"from 0 to {2**64 - 1}"
+        assert error.endswith(f"error: argument {option}: {number!r} is no whole number {allowed}\n")
 
 
 def test_training_lowers_the_loss_and_can_be_repeated():
