@@ -25,8 +25,8 @@ class Options(NamedTuple):
 def options(call: Call, *, activation: str = "relu", eps: float = 1e-5, scale: float | None = None) -> Options:
     """Check the options that most functions take."""
     check.choice(call.function, "activation", activation, ACTIVATIONS)
-    eps = check.number(call.function, "eps", eps, positive=True)
-    scale = None if scale is None else check.number(call.function, "scale", scale, positive=False)
+    eps = check.number(call, "eps", eps, positive=True)
+    scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     return Options(call.xp, activation, eps, scale)
 
 

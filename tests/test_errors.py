@@ -702,6 +702,37 @@ def test_options_out_of_range(backend):
                 refused(backend, case, OptionError, option, **{option: wrong})
 
 
+def test_numbers_that_overflow_in_what_is_computed_in(backend, dtype):
+    """Half precision is computed in float32; in float64, which holds every number of Python, all are taken."""
+    case = UNMASKED["attention-head-layernorm"]
+    trees = case.trees(backend, dtype)
+    for option, value in (("scale", 1e39), ("eps", 1e300), ("eps", np.float64(3.5e38)), ("scale", 10**39)):
+        call = functools.partial(dataclasses.replace(case, options={option: value}).call, *trees)
+        if dtype == "float64":
+            assert call().dtype == backend.dtype(dtype)
+            continue
+        with no_arithmetic(), pytest.raises(OptionError) as caught:
+            call()
+        check_error(caught.value, case.function, {option: value})
+        assert caught.value.wanted == "a number of at most 3.4028235e+38, the largest of float32, which is computed in"
+
+
+@pytest.mark.parametrize("value", [float(np.finfo(np.float32).max), 1e-300, 5e-324])
+def test_numbers_at_the_edge_of_float32_are_taken(backend, value):
+    """What is too small for float32 is 0 in it."""
+    case = ALL["attention-head-layernorm"]
+    with np.errstate(all="ignore"):
+        case.on(backend, "float32", scale=value, eps=value)
+
+
+def test_resolutions_say_that_there_may_be_a_sequence(backend):
+    case = ALL["fourier_features"]
+    for wrong in (np.array([7.0, 9.0, 11.0]).view(Foreign), [7, 9], "224", (7, 0, 9), None):
+        error = refused(backend, case, OptionError, "max_resolution", max_resolution=wrong)
+        assert error.wanted == "a finite number greater than 0, or a sequence of 3, one for each axis"
+    refused(backend, case, OptionError, "max_resolution", max_resolution=(7, 1e39, 9))
+
+
 def test_every_keyword_is_tried():
     keywords = {
         p.name
