@@ -14,7 +14,7 @@ import pytest
 from backends import BACKENDS
 
 import setattn
-from setattn import DTypeError, FeedForward, LayerNorm, Linear, NamespaceError, RMSNorm
+from setattn import DTypeError, FeedForward, LayerNorm, Linear, NamespaceError, ParameterError, RMSNorm
 
 ALL = {name: cases.make(name).params for name in cases.NAMES if cases.make(name).params is not None}
 TREE = ALL["set_transformer"]
@@ -74,6 +74,20 @@ def test_count_of_little():
     assert setattn.count_params(np.ones((3, 4))) == 12
     assert setattn.count_params(np.ones(())) == 1
     assert setattn.count_params((np.ones(3), (Linear(np.ones((2, 2))), ()))) == 7
+
+
+@pytest.mark.parametrize("wrong", [None, (1, 2), 1.5, [np.ones(3)], {"weight": np.ones(3)}, (np.ones(3), None)])
+def test_count_of_what_is_no_tree_of_arrays(wrong):
+    with pytest.raises(NamespaceError, match=r"^count_params: .* is holding a \w+; wanted arrays alone$"):
+        setattn.count_params(wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, None, TREE, "relu"])
+@pytest.mark.parametrize("params", [TREE, ()])
+def test_map_without_a_function(wrong, params):
+    message = rf"^map_params: argument 'function' is a {type(wrong).__name__}; wanted a function of one array$"
+    with pytest.raises(ParameterError, match=message):
+        setattn.map_params(wrong, params)
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------
