@@ -71,13 +71,19 @@ def same_batch(call: Call, argument: str, query: Array, context: Array, context_
         raise ShapeError(call.function, argument, tuple(query.shape), wanted, "shape")
 
 
+WITH_BIAS = ("attention", "attention_weights")
+
+
 def mask(call: Call, argument: str, m: Any, shape: Shape, meaning: str) -> None:
     """Check a boolean mask against its one allowed shape."""
     if m is None:
         return
     _belongs(call, argument, m)
     if not is_boolean(m.dtype, call.xp):
-        raise DTypeError(call.function, argument, m.dtype, "bool, True where an element takes part", "dtype")
+        wanted = "bool, True where an element takes part"
+        if argument == "mask" and call.function in WITH_BIAS and bits_of(m.dtype, call.xp):
+            wanted += "; scores to add go to bias"
+        raise DTypeError(call.function, argument, m.dtype, wanted, "dtype")
     if tuple(m.shape) != tuple(shape):
         raise MaskError(call.function, argument, tuple(m.shape), f"{tuple(shape)}, {meaning}", "shape")
 
