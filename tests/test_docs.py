@@ -41,6 +41,7 @@ def examples():
             yield pytest.param(page, needs, id=f"{page.relative_to(ROOT)}{f'[{needs}]' if needs else ''}")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # see tolerances.product
 @pytest.mark.parametrize(("page", "needs"), [*examples()])
 def test_examples(page, needs):
     """Examples that need nothing run together; those that need a package run after them, with that package."""
