@@ -105,6 +105,13 @@ def test_the_rooms_are_those_that_are_there():
             assert used <= set(order[: i + 1]), file
 
 
+def test_rooms_that_are_not_there_yet_are_not_there():
+    text = (DOCS / "design.md").read_text(encoding="utf-8").partition("## Not there yet")[2]
+    rooms = set(re.findall(r"`(\w+(?:\.py|/))`", text)) - {"tests/"}
+    assert rooms == {"streaming.py", "dask.py", "checkpoints/", "testing/"}
+    assert not any((Path(setattn.__file__).parent / room).exists() for room in rooms)
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
