@@ -1,16 +1,19 @@
 """Write the generated tables: ``python docs/make_tables.py``, or with ``--check`` see whether they are up to date.
 
-The table of backends comes from the test matrix in ``tests/backends.py``, so that what is advertised is what is tested.
+The table of backends comes from the test matrix in ``tests/backends.py``, so that what is advertised is what is tested,
+and from the record of runs on GPUs.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "docs" / "gpu-record.md"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "backends.md")
 START, END = "<!-- backends:start -->", "<!-- backends:end -->"
 TITLES = {
@@ -32,27 +35,43 @@ def load_backends() -> dict[str, Any]:
     return module.BACKENDS
 
 
-def tested(backend: Any, backends: dict[str, Any]) -> str:
+def runs(record: str) -> dict[str, str]:
+    """Return the date of the last recorded run of every backend of a GPU that ``docs/gpu-record.md`` has a row for."""
+    dates: dict[str, str] = {}
+    for row in re.findall(r"^\| (\d{4}-\d{2}-\d{2}) (\|.*)$", record, re.M):
+        for chosen in re.findall(r"--backends[= ]([\w,-]+)", row[1]):
+            for name in chosen.split(","):
+                dates[name] = max(row[0], dates.get(name, ""))
+    return dates
+
+
+def devices(backend: Any, backends: dict[str, Any]) -> list[str]:
+    """Return the devices that a library is tested on."""
+    of_library = [b.hardware for b in backends.values() if b.module == backend.module]
+    return [device for device in dict.fromkeys(of_library) if device != "fake"]
+
+
+def tested(backend: Any, backends: dict[str, Any], dates: dict[str, str]) -> str:
     """Say how a backend is tested, from all entries of the matrix for its library."""
     entries = [b for b in backends.values() if b.module == backend.module]
-    on_gpu = any(b.devices == "CUDA" for b in entries)
-    variants = sum(b.devices != "CUDA" and b.everywhere for b in entries)
-    by_hand = "by hand on a GPU machine, none so far: see docs/gpu-record.md"
+    on_gpu = [b.name for b in entries if b.hardware == "CUDA"]
+    variants = sum(b.hardware != "CUDA" and b.everywhere for b in entries)
+    last = max((dates[name] for name in on_gpu if name in dates), default=None)
+    by_hand = f"by hand on a GPU machine, {f'last on {last}' if last else 'none so far'}: see docs/gpu-record.md"
     if not variants:
         return by_hand
     text = "every run of the tests, on the CPU" + (f", in {variants} variants" if variants > 1 else "")
-    if "CUDA" in backend.devices:
-        text += f"; CUDA {by_hand}" if on_gpu else "; not on CUDA"
-    return text
+    return f"{text}; CUDA {by_hand}" if on_gpu else text
 
 
-def table(backends: dict[str, Any]) -> str:
+def table(backends: dict[str, Any], record: str) -> str:
     """Return the table of backends in Markdown."""
     lines = ["| backend | devices | dtypes | what runs | how it is tested |", "| --- | --- | --- | --- | --- |"]
     for name, b in backends.items():
         if b.listed:
-            cells = (TITLES.get(name, name), b.devices, ", ".join(b.dtypes), ", ".join(b.features))
-            lines.append(f"| {' | '.join(cells)} | {tested(b, backends)} |")
+            lists = (devices(b, backends), b.dtypes, b.features)
+            cells = (TITLES.get(name, name), *map(", ".join, lists), tested(b, backends, runs(record)))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -65,7 +84,7 @@ def render(text: str, content: str) -> str:
 
 def main(check: bool) -> int:
     """Rewrite the pages, or count those that are out of date."""
-    content, stale = table(load_backends()), 0
+    content, stale = table(load_backends(), RECORD.read_text(encoding="utf-8")), 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = render(text, content)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from setattn._blocks import Plan
 from setattn._call import Call
 from setattn._errors import DTypeError, MaskError, NamespaceError, OptionError, ShapeError
-from setattn._namespace import device_of, is_boolean, name_of, namespace_of, native
+from setattn._namespace import bits_of, device_of, is_boolean, name_of, namespace_of, native, unlike_others
 from setattn._order import SCORES, VALUES, Order
 from setattn._threads import has_threads
 from setattn._typing import Array, Shape
@@ -28,13 +29,13 @@ class Width(NamedTuple):
 
 def _belongs(call: Call, argument: str, a: Any) -> None:
     xp = namespace_of(a)
-    wanted = f"an array of {name_of(call.xp)}"
     if xp is None:
-        raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", wanted)
+        raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", f"an array of {name_of(call.xp)}")
     if xp is not call.xp:
-        raise NamespaceError(
-            call.function, argument, f"an array of {name_of(xp)}", f"{wanted}, as the first argument is"
-        )
+        wanted = f"an array of {name_of(call.xp)}, as the first argument is"
+        raise NamespaceError(call.function, argument, f"an array of {name_of(xp)}", wanted)
+    if kind := unlike_others(a, xp):
+        raise NamespaceError(call.function, argument, *kind)
     if call.device is not None:
         device = device_of(a, xp)
         if device is not None and device != call.device:
@@ -73,13 +74,19 @@ def same_batch(call: Call, argument: str, query: Array, context: Array, context_
         raise ShapeError(call.function, argument, tuple(query.shape), wanted, "shape")
 
 
+WITH_BIAS = ("attention", "attention_weights")
+
+
 def mask(call: Call, argument: str, m: Any, shape: Shape, meaning: str) -> None:
     """Check a boolean mask against its one allowed shape."""
     if m is None:
         return
     _belongs(call, argument, m)
     if not is_boolean(m.dtype, call.xp):
-        raise DTypeError(call.function, argument, m.dtype, "bool, True where an element takes part", "dtype")
+        wanted = "bool, True where an element takes part"
+        if argument == "mask" and call.function in WITH_BIAS and bits_of(m.dtype, call.xp):
+            wanted += "; scores to add go to bias"
+        raise DTypeError(call.function, argument, m.dtype, wanted, "dtype")
     if tuple(m.shape) != tuple(shape):
         raise MaskError(call.function, argument, tuple(m.shape), f"{tuple(shape)}, {meaning}", "shape")
 
@@ -112,17 +119,41 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def number(function: str, argument: str, value: Any, *, positive: bool) -> float:
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
+
+def number(call: Call, argument: str, value: Any, *, positive: bool) -> float:
     """Check a finite number, positive or at least not negative, and return it as Python's, which widens no array."""
-    try:
-        x = float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
-    except OverflowError:
-        x = math.inf
+    x = _number(value)
     # By comparisons alone, which torch.compile can trace where it takes an option for a symbol.
     if not 0 <= x < math.inf or (positive and x == 0):
-        wanted = f"a finite number {'greater than' if positive else 'of at least'} 0"
-        raise OptionError(function, argument, repr(value), wanted)
+        raise OptionError(call.function, argument, repr(value), _finite(positive))
+    if x > LARGEST_FLOAT32 and bits_of(call.dtype, call.xp) != 64:
+        wanted = f"a number of at most {LARGEST_FLOAT32:.8g}, the largest of float32, which is computed in"
+        raise OptionError(call.function, argument, repr(value), wanted)
     return x
+
+
+def numbers_for_axes(call: Call, argument: str, value: Any, axes: int) -> tuple[float, ...]:
+    """Check a positive number for all axes, or a sequence with one for each, and return one for each."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = tuple(value) if several else (value,) * axes
+    if len(values) != axes or not all(0 < _number(x) < math.inf for x in values):
+        wanted = f"{_finite(True)}, or a sequence of {axes}, one for each axis"
+        raise OptionError(call.function, argument, repr(value), wanted)
+    return tuple(number(call, argument, x, positive=True) for x in values)
+
+
+def _number(value: Any) -> float:
+    """Return a real number as Python's, and NaN for anything else."""
+    try:
+        return float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _finite(positive: bool) -> str:
+    return f"a finite number {'greater than' if positive else 'of at least'} 0"
 
 
 def integer(function: str, argument: str, value: Any, *, least: int = 1) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from setattn._errors import DTypeError, NamespaceError
-from setattn._namespace import bits_of, convert_array, name_of, namespace_of, normalize_namespace
+from setattn._namespace import (
+    bits_of,
+    convert_array,
+    name_of,
+    namespace_of,
+    native,
+    normalize_namespace,
+    unlike_others,
+    why_not,
+)
 from setattn._params import map_params
 from setattn._typing import Array, Namespace
 
@@ -25,7 +34,8 @@ def convert_params(params: T, /, xp: Namespace, *, device: Any = None, dtype: An
     device : object, optional
         Where the arrays go, in that library's own terms; its default device if not given.
     dtype : dtype, optional
-        A real floating dtype of that library; the present one if not given.
+        A real floating dtype of that library; the present one if not given. Nothing becomes another dtype unasked:
+        bfloat16 goes to NumPy, which lacks it, with ``dtype=numpy.float32``.
 
     Returns
     -------
@@ -50,19 +60,31 @@ def convert_params(params: T, /, xp: Namespace, *, device: Any = None, dtype: An
     if namespace is None:
         got = getattr(xp, "__name__", None) or repr(xp)
         raise NamespaceError(function, "xp", got, "the module of an array library, such as numpy or torch")
-    if isinstance(dtype, str) or (dtype is not None and bits_of(dtype, namespace) not in (16, 32, 64)):
+    bits = 0 if dtype is None or isinstance(dtype, str) else bits_of(dtype, namespace)
+    if dtype is not None and bits not in (16, 32, 64):
         wanted = f"a real floating dtype of {name_of(namespace)}, of 16, 32 or 64 bits"
         raise DTypeError(function, "dtype", repr(dtype), wanted)
+    if bits == 64 and (reason := why_not("float64", namespace)):
+        raise DTypeError(function, "dtype", "float64", f"one that can be had: {reason}")
 
     def convert(a: Array) -> Array:
         source = namespace_of(a)
         if source is None:
             raise NamespaceError(function, "params", f"holding a {type(a).__qualname__}", "arrays alone")
+        if kind := unlike_others(a, source):
+            raise NamespaceError(function, "params", f"holding {kind[0]}", kind[1])
         if bits_of(a.dtype, source) not in (16, 32, 64):
             wanted = "real floating arrays of 16, 32 or 64 bits alone"
             raise DTypeError(function, "params", f"holding an array of dtype {a.dtype}", wanted)
+        target = dtype
+        if dtype is None and source is not namespace:
+            name = str(native(a.dtype)).rpartition(".")[2]
+            if reason := why_not(name, namespace):
+                wanted = f"a dtype that can be had, or another one by dtype=: {reason}"
+                raise DTypeError(function, "params", f"holding an array of dtype {a.dtype}", wanted)
+            target = getattr(namespace, name)
         try:
-            return convert_array(a, namespace, device, dtype)
+            return convert_array(a, namespace, device, target)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = f"to {name_of(namespace)} ({' '.join(str(error).split())})"
             if device is not None:

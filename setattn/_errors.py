@@ -23,18 +23,19 @@ class ArgumentError(Exception):
     """
 
     def __init__(self, function: str, argument: str, got: Any, wanted: str, noun: str = "") -> None:
+        # The fields alone: what BaseException does in __init__ it has done in __new__, and torch.compile, which can
+        # trace this but not a call of super(), shows the arguments of an exception and never calls __str__.
         self.function = function
         self.argument = argument
         self.got = got
         self.wanted = wanted
         self._noun = noun
-        found = " ".join(str(got).split())  # one line, and not a whole array that was given as an option
-        found = found if len(found) <= _LONGEST else found[:_LONGEST] + "..."
-        has = f"has {noun} {found}" if noun else f"is {found}"
-        super().__init__(f"{function}: argument '{argument}' {has}; wanted {wanted}")
 
-    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, Any, str, str]]:
-        return type(self), (self.function, self.argument, self.got, self.wanted, self._noun)
+    def __str__(self) -> str:
+        found = " ".join(str(self.got).split())  # one line, and not a whole array that was given as an option
+        found = found if len(found) <= _LONGEST else found[:_LONGEST] + "..."
+        has = f"has {self._noun} {found}" if self._noun else f"is {found}"
+        return f"{self.function}: argument '{self.argument}' {has}; wanted {self.wanted}"
 
 
 class ShapeError(ArgumentError, ValueError):

@@ -37,8 +37,8 @@ def options(
 ) -> Options:
     """Check the options that most functions take."""
     check.choice(call.function, "activation", activation, ACTIVATIONS)
-    eps = check.number(call.function, "eps", eps, positive=True)
-    scale = None if scale is None else check.number(call.function, "scale", scale, positive=False)
+    eps = check.number(call, "eps", eps, positive=True)
+    scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     return Options(call.xp, activation, eps, scale, check.plan(call, plan), is_half(call))
 
 

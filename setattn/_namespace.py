@@ -85,9 +85,18 @@ def bits_of(dtype: Any, xp: Namespace) -> int:
         if not xp.isdtype(dtype, "real floating"):
             return 0
         bits: int = xp.finfo(dtype).bits
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return 0
     return bits
+
+
+def why_not(dtype: str, xp: Namespace) -> str:
+    """Say why a library cannot hold a dtype of this name; nothing if it can."""
+    if not hasattr(xp, dtype):
+        return f"{name_of(xp)} has no {dtype}"
+    if name_of(xp) == "jax" and dtype == "float64" and not sys.modules["jax"].config.jax_enable_x64:
+        return "jax has float64 only with jax_enable_x64"
+    return ""
 
 
 def native(dtype: Any) -> Any:
@@ -114,6 +123,21 @@ def device_of(x: Array, xp: Namespace) -> Any:
     if name_of(xp) == "dask":
         return None
     return None if name_of(xp) == "numpy" else x.device
+
+
+def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
+    """Say what an array is and what it should be, where it is of a kind that the rest of its library does not take."""
+    name = name_of(xp)
+    if name == "torch":
+        if x.is_nested:
+            return "a nested tensor", "a tensor padded by to_padded_tensor(), with a mask"
+        if x.layout != xp.strided:
+            return f"a tensor of layout {x.layout}", "a dense tensor, as to_dense() makes it"
+    if name == "dask":
+        kind = type(x._meta)
+        if not issubclass(kind, np.ndarray) or issubclass(kind, np.matrix | np.ma.MaskedArray):
+            return f"an array of dask with chunks of {kind.__qualname__}", "one whose chunks are plain arrays of numpy"
+    return None
 
 
 def creation_device(x: Array, xp: Namespace) -> Any:

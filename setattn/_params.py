@@ -7,9 +7,11 @@ array, the kind of a norm or of an encoder block off the type of its node; nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
+from setattn._errors import NamespaceError, ParameterError
 from setattn._typing import Absent, Array
 
 T = TypeVar("T")
@@ -216,6 +218,11 @@ def map_params(function: Callable[[Array], Any], params: T, /) -> T:
     tree
         A tree of the same structure. Absent parts stay absent.
 
+    Raises
+    ------
+    ParameterError
+        If ``function`` is none.
+
     Examples
     --------
     >>> import numpy as np, setattn
@@ -223,13 +230,16 @@ def map_params(function: Callable[[Array], Any], params: T, /) -> T:
     >>> setattn.map_params(lambda a: a.shape, params)
     Linear(weight=(2, 3), bias=(3,))
     """
-    tree: Any = params
-    if isinstance(tree, tuple):
-        parts = [map_params(function, part) for part in tree]
-        tree = type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    else:
-        tree = function(tree)
-    return cast("T", tree)
+    if not callable(function):
+        raise ParameterError("map_params", "function", f"a {type(function).__qualname__}", "a function of one array")
+    return cast("T", _map(function, params))
+
+
+def _map(function: Callable[[Array], Any], tree: Any) -> Any:
+    if not isinstance(tree, tuple):
+        return function(tree)
+    parts = [_map(function, part) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
 def count_params(params: Any, /) -> int:
@@ -245,6 +255,11 @@ def count_params(params: Any, /) -> int:
     int
         Sum of the sizes of its arrays.
 
+    Raises
+    ------
+    NamespaceError
+        If a leaf is no array.
+
     Examples
     --------
     >>> import numpy as np, setattn
@@ -253,7 +268,7 @@ def count_params(params: Any, /) -> int:
     """
     if isinstance(params, tuple):
         return sum(count_params(part) for part in params)
-    size = 1
-    for axis in params.shape:
-        size *= axis
-    return size
+    shape = getattr(params, "shape", None)
+    if not isinstance(shape, tuple):
+        raise NamespaceError("count_params", "params", f"holding a {type(params).__qualname__}", "arrays alone")
+    return math.prod(shape)

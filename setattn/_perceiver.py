@@ -10,7 +10,6 @@ from setattn import _structure as structure
 from setattn._attend import Context, attend, numbers_per_query
 from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate, is_half, widen
-from setattn._errors import OptionError
 from setattn._layers import Options, enter, linear, options, residual_feed_forward
 from setattn._params import CrossAttention, Perceiver, PerceiverIO, SelfAttention
 from setattn._typing import Absent, Array
@@ -364,11 +363,7 @@ def fourier_features(
     check.integer(call.function, "num_bands", num_bands)
     check.switch(call.function, "concat_position", concat_position)
     check.choice(call.function, "order", order, ("grouped", "per_axis"))
-    resolutions = max_resolution if isinstance(max_resolution, Sequence) else (max_resolution,) * axes
-    if len(resolutions) != axes:
-        raise OptionError(call.function, "max_resolution", max_resolution, f"a number, or one for each of {axes} axes")
-    for resolution in resolutions:
-        check.number(call.function, "max_resolution", resolution, positive=True)
+    resolutions = check.numbers_for_axes(call, "max_resolution", max_resolution, axes)
 
     def body(_: Absent) -> Array:
         xp = call.xp

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tolerances import product
 
 import setattn
 
@@ -21,7 +22,7 @@ pytest.importorskip("tqdm")
 from setattn.demo._data import load_digits, shuffle, to_images, to_sets
 from setattn.demo._model import WEIGHTS, flatten, init_model, load_model, logits, seed_attention, unflatten
 
-HELP = 'python -m pip install "setattn[{}]"'
+HELP = 'python -m pip install "setattn[{0}]" (in a clone: ".[{0}]")'
 
 
 def run(folder, *arguments, code="", module="setattn", strict=True):
@@ -157,7 +158,8 @@ def test_seed_attention_is_what_the_pooling_weighs_with():
     )
     rest = block._replace(attention=nothing)
     by_hand = setattn.mab(params.pma.seeds + pooled[:, None], np.zeros((5, 1, width), np.float32), rest)
-    assert np.allclose((by_hand @ params.output.weight + params.output.bias)[:, 0], logits(x, mask, params), atol=1e-4)
+    by_hand = product(by_hand, params.output.weight) + params.output.bias
+    assert np.allclose(by_hand[:, 0], logits(x, mask, params), atol=1e-4)
 
 
 def test_flatten_and_unflatten_are_inverse():
@@ -180,8 +182,8 @@ def test_missing_library(library, tmp_path):
 def test_missing_cupy_names_both_extras(tmp_path):
     code, _, error = run(tmp_path, "demo", "--backend", "cupy", code=without("cupy"))
     assert (code, error.count("\n")) == (2, 1)
-    assert HELP.format("cupy-cuda12x") in error
-    assert HELP.format("cupy-cuda13x") in error
+    assert 'pip install "setattn[cupy-cuda12x]" or "setattn[cupy-cuda13x]"' in error
+    assert '(in a clone: ".[cupy-cuda12x]" or ".[cupy-cuda13x]")' in error
 
 
 def test_cupy_without_a_gpu(tmp_path):
@@ -214,6 +216,13 @@ def test_unknown_words_name_the_known_ones(tmp_path):
         code, _, error = run(tmp_path, "demo", "--sets", number)
         assert code == 2
         assert "1 to 500" in error or "expected one argument" in error
+
+
+def test_help_names_the_defaults(tmp_path):
+    code, output, _ = run(tmp_path, "demo", "--help")
+    assert code == 0
+    words = " ".join(output.split())
+    assert all(f"(default: {default})" in words for default in ("numpy", "digits.png", "500"))
 
 
 @pytest.mark.parametrize("out", ["missing/digits.png", "folder.png", "file/digits.png"])
@@ -253,6 +262,16 @@ def test_training_without_torch(tmp_path):
     assert HELP.format("demo,torch") in error
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--seed"])
+def test_training_names_the_numbers_it_takes(option, tmp_path):
+    for number in ("-1", "many", "1.5", "") + (("0",) if option == "--epochs" else (str(2**64),)):
+        code, output, error = run(tmp_path, option, number, module="setattn.demo.train", code=without("torch"))
+        assert (code, output) == (2, "")
+        allowed = "of at least 1" if option == "--epochs" else f"from 0 to {2**64 - 1}"
+        assert error.endswith(f"error: argument {option}: {number!r} is no whole number {allowed}\n")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # see tolerances.product
 def test_training_lowers_the_loss_and_can_be_repeated():
     pytest.importorskip("torch", reason="training runs on PyTorch")
     from setattn.demo.train import augment, train

@@ -41,6 +41,7 @@ def examples():
             yield pytest.param(page, needs, id=f"{page.relative_to(ROOT)}{f'[{needs}]' if needs else ''}")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # see tolerances.product
 @pytest.mark.parametrize(("page", "needs"), [*examples()])
 def test_examples(page, needs):
     """Examples that need nothing run together; those that need a package run after them, with that package."""
@@ -104,6 +105,13 @@ def test_the_rooms_are_those_that_are_there():
             assert used <= set(order[: i + 1]), file
 
 
+def test_rooms_that_are_not_there_yet_are_not_there():
+    text = (DOCS / "design.md").read_text(encoding="utf-8").partition("## Not there yet")[2]
+    rooms = set(re.findall(r"`(\w+(?:\.py|/))`", text)) - {"tests/"}
+    assert rooms == {"streaming.py", "dask.py", "checkpoints/", "testing/"}
+    assert not any((Path(setattn.__file__).parent / room).exists() for room in rooms)
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
@@ -111,9 +119,42 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).is_file(), f"{page.name}: {target}"
 
 
+def test_profiles_of_hypothesis_are_told():
+    variable = "SETATTN_HYPOTHESIS_PROFILE"
+    source = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert variable in source
+    assert variable in told
+    profiles = re.findall(r'register_profile\(\s*"(\w+)", max_examples=(\d+)', source)
+    assert [name for name, _ in profiles] == ["dev", "ci", "nightly"]
+    assert all(f"`{name}` ({examples}," in told for name, examples in profiles)
+    script = ROOT / ".ci" / "run"
+    assert not script.is_file() or f"export {variable}=ci" in script.read_text(encoding="utf-8")
+
+
 def test_tables_are_those_of_the_test_matrix():
     make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
     assert make_tables["main"](check=True) == 0, "run python docs/make_tables.py"
+
+
+def test_only_what_is_tested_is_advertised():
+    make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
+    backends, record = make_tables["load_backends"](), (DOCS / "gpu-record.md").read_text(encoding="utf-8")
+
+    def rows(record):
+        cells = [line.strip("| ").split(" | ") for line in make_tables["table"](backends, record).splitlines()[2:]]
+        return {name: (devices, how) for name, devices, _, _, how in cells}
+
+    on_gpu = {b.module for b in backends.values() if b.hardware == "CUDA"}
+    for b in (b for b in backends.values() if b.listed):
+        devices, how = rows(record)[make_tables["TITLES"][b.name]]
+        assert ("CUDA" in devices) == (b.module in on_gpu) == ("docs/gpu-record.md" in how)
+    ran = "| {} | A100 | 570, 13.0 | 14.0, 2.4 | abc | `python -m pytest --backends {}` | 5 passed |\n"
+    empty = record[: record.index("| --- |")]
+    assert rows(empty)["CuPy"] == ("CUDA", "by hand on a GPU machine, none so far: see docs/gpu-record.md")
+    two = rows(empty + ran.format("2026-02-03", "cupy") + ran.format("2026-02-01", "cupy,torch-cuda"))
+    assert two["CuPy"] == ("CUDA", "by hand on a GPU machine, last on 2026-02-03: see docs/gpu-record.md")
+    assert two["PyTorch"][1].endswith("; CUDA by hand on a GPU machine, last on 2026-02-01: see docs/gpu-record.md")
 
 
 def test_figures_are_those_of_the_script(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import inspect
 import os
 import pickle
@@ -404,7 +405,10 @@ def test_mask_that_is_not_boolean(backend, dtype):
         for argument, m in case.masks.items():
             if argument != "bias":
                 error = refused(backend, case, DTypeError, argument, **{argument: m.astype(dtype)})
-                assert error.wanted == "bool, True where an element takes part"
+                # Scores can be added where there is an argument for them, and it has one for each element.
+                additive = argument == "mask" and dtype == "float32" and "bias" in arguments(case)
+                hint = "; scores to add go to bias" if additive else ""
+                assert error.wanted == f"bool, True where an element takes part{hint}"
 
 
 # --- dtypes, namespaces, devices ------------------------------------------------------------------------------------
@@ -517,6 +521,76 @@ def test_arrays_of_objects_and_data_frames():
         setattn.sab(pandas.DataFrame(case.arrays[0][0]), case.params)
 
 
+def spoiled_one_by_one(backend: Backend, spoil: Any) -> Iterator[tuple[str, ArgumentError]]:
+    """Spoil an array after another of a call that has them in all places; return what is at fault, and the error."""
+    case = ALL["attention-pairs-and-bias"]
+    arrays, params, masks = case.trees(backend, "float32")
+    key = params.key._replace(weight=spoil(params.key.weight))
+    calls = {
+        "query": ((spoil(arrays[0]), arrays[1]), params, masks),
+        "context": ((arrays[0], spoil(arrays[1])), params, masks),
+        "params.key.weight": (arrays, params._replace(key=key), masks),
+    }
+    calls |= {key: (arrays, params, masks | {key: spoil(m)}) for key, m in masks.items()}
+    for argument, trees in calls.items():
+        with no_arithmetic(), pytest.raises(NamespaceError) as caught:
+            case.call(*trees)
+        assert caught.value.argument == argument
+        assert "\n" not in str(caught.value)
+        yield caught.value
+    with pytest.raises(NamespaceError, match=f"holding {re.escape(caught.value.got)}; wanted"):
+        setattn.convert_params(Linear(spoil(arrays[1])), np)
+
+
+def _nested(a):
+    torch = sys.modules["torch"]
+    return torch.nested.nested_tensor([a.reshape(-1), a.reshape(-1)[1:]], layout=torch.jagged)
+
+
+KINDS_OF_TORCH = {
+    "sparse": (lambda a: a.to_sparse(), "a tensor of layout torch.sparse_coo"),
+    "rows": (lambda a: a.reshape(-1, a.shape[-1]).to_sparse_csr(), "a tensor of layout torch.sparse_csr"),
+    "nested": (lambda a: sys.modules["torch"].nested.nested_tensor([a[0], a[1][1:]]), "a nested tensor"),
+    "jagged": (_nested, "a nested tensor"),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse .* in beta state:UserWarning", "ignore:The PyTorch API of nested:UserWarning"
+)
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS_OF_TORCH)
+def test_tensors_that_are_not_dense(backend, kind):
+    spoil, got = KINDS_OF_TORCH[kind]
+    for error in spoiled_one_by_one(backend, spoil):
+        assert error.got == got
+
+
+class Duck:
+    """The array of a library that Dask takes for one."""
+
+    __array_function__ = __array_ufunc__ = None
+    ndim = 2
+
+    def __init__(self, dtype: Any) -> None:
+        self.shape, self.dtype = (0,), np.dtype(dtype)
+
+
+@pytest.mark.parametrize("backend", ["dask"], indirect=True)
+@pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix, Duck])
+def test_chunks_of_dask_that_are_no_plain_arrays(backend, kind):
+    def spoil(a):
+        a = a.copy()
+        a._meta = Duck(a.dtype) if kind is Duck else np.empty((0, 0), a.dtype).view(kind)
+        return a
+
+    for error in spoiled_one_by_one(backend, spoil):
+        assert error.got == f"an array of dask with chunks of {kind.__name__}"
+    masked = backend.xp.ma.masked_array(backend.xp.ones((N, DIM)), False)
+    with backend.lazily(), pytest.raises(NamespaceError, match="chunks of MaskedArray"):
+        setattn.sab(masked, backend.params(ALL["sab"].params, "float64"))
+
+
 def test_devices_of_array_api_strict_that_differ():
     strict = pytest.importorskip("array_api_strict")
     case, here, there = ALL["mab"], BACKENDS["strict"], BACKENDS["strict-device1"]
@@ -617,7 +691,8 @@ def test_dask_chunks_may_split_the_features(chunks):
     case, backend = ALL["sab"], BACKENDS["dask"]
     x, mask = da.from_array(case.arrays[0], chunks=(1, 3, chunks)), backend.asarray(case.masks["mask"])
     out = setattn.sab(x, backend.params(case.params, "float64"), mask=mask, **case.options)
-    np.testing.assert_allclose(out.compute(), case.numpy(), rtol=1e-12, atol=1e-12)
+    with backend.active():
+        np.testing.assert_allclose(backend.numpy(out), case.numpy(), rtol=1e-12, atol=1e-12)
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -629,6 +704,37 @@ def test_options_out_of_range(backend):
             for value in faults.WRONG_OPTIONS[option]:
                 wrong = value.view(Foreign) if type(value) is np.ndarray else value
                 refused(backend, case, OptionError, option, **{option: wrong})
+
+
+def test_numbers_that_overflow_in_what_is_computed_in(backend, dtype):
+    """Half precision is computed in float32; in float64, which holds every number of Python, all are taken."""
+    case = UNMASKED["attention-head-layernorm"]
+    trees = case.trees(backend, dtype)
+    for option, value in (("scale", 1e39), ("eps", 1e300), ("eps", np.float64(3.5e38)), ("scale", 10**39)):
+        call = functools.partial(dataclasses.replace(case, options={option: value}).call, *trees)
+        if dtype == "float64":
+            assert call().dtype == backend.dtype(dtype)
+            continue
+        with no_arithmetic(), pytest.raises(OptionError) as caught:
+            call()
+        check_error(caught.value, case.function, {option: value})
+        assert caught.value.wanted == "a number of at most 3.4028235e+38, the largest of float32, which is computed in"
+
+
+@pytest.mark.parametrize("value", [float(np.finfo(np.float32).max), 1e-300, 5e-324])
+def test_numbers_at_the_edge_of_float32_are_taken(backend, value):
+    """What is too small for float32 is 0 in it."""
+    case = ALL["attention-head-layernorm"]
+    with np.errstate(all="ignore"):
+        case.on(backend, "float32", scale=value, eps=value)
+
+
+def test_resolutions_say_that_there_may_be_a_sequence(backend):
+    case = ALL["fourier_features"]
+    for wrong in (np.array([7.0, 9.0, 11.0]).view(Foreign), [7, 9], "224", (7, 0, 9), None):
+        error = refused(backend, case, OptionError, "max_resolution", max_resolution=wrong)
+        assert error.wanted == "a finite number greater than 0, or a sequence of 3, one for each axis"
+    refused(backend, case, OptionError, "max_resolution", max_resolution=(7, 1e39, 9))
 
 
 def test_every_keyword_is_tried():
@@ -661,6 +767,75 @@ def test_integers_of_numpy_and_sequences_are_taken():
     np.testing.assert_array_equal(case.numpy(depth=np.int64(3)), case.numpy(depth=3))
     case = ALL["fourier_features"]
     np.testing.assert_array_equal(case.numpy(num_bands=np.uint8(4), max_resolution=[7, 9.0, 11]), case.numpy())
+
+
+# --- inside a trace -------------------------------------------------------------------------------------------------
+
+
+TRACED = ["width", "axes", "batch", "float mask", "mask shape", "mixed dtypes", "dtype of params", "node", "option"]
+
+
+def faulty(what: str, backend: Backend) -> tuple[Any, tuple[Any, ...]]:
+    """Return a function of arrays, parameters and masks of which one thing is wrong, and what to call it with."""
+    case, options = ALL["mab"], {}
+    (x, y), params, masks = case.trees(backend, "float32")
+    if what == "width":
+        y = y[..., 1:]
+    elif what == "axes":
+        x = x[0, 0]
+    elif what == "batch":
+        x = x[:1]
+    elif what == "float mask":
+        masks |= {"mask": backend.asarray(case.masks["mask"].astype("float32"), "float32")}
+    elif what == "mask shape":
+        masks |= {"mask": masks["mask"][:, 1:]}
+    elif what == "mixed dtypes":
+        y = backend.asarray(case.arrays[1], "float64")
+    elif what == "dtype of params":
+        params = backend.params(case.params, "float64")
+    elif what == "node":
+        params = params.attention
+    elif what == "option":
+        options = {"eps": -1.0}
+    return lambda x, y, params, masks: setattn.mab(x, y, params, **masks, **options), (x, y, params, masks)
+
+
+def eager_error(what: str, backend: Backend) -> ArgumentError:
+    call, trees = faulty(what, backend)
+    with pytest.raises(ArgumentError) as caught:
+        call(*trees)
+    return caught.value
+
+
+def assert_same_error(error: ArgumentError, other: ArgumentError) -> None:
+    assert type(error) is type(other)
+    assert str(error) == str(other)
+    assert vars(other).items() <= vars(error).items()  # JAX adds a note
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+@pytest.mark.parametrize("what", TRACED)
+def test_faults_inside_jit_are_the_same_errors(backend, what):
+    error, (call, trees) = eager_error(what, backend), faulty(what, backend)
+    with no_arithmetic(), pytest.raises(ArgumentError) as caught:
+        importlib.import_module("jax").jit(call)(*trees)
+    assert_same_error(caught.value, error)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("what", TRACED)
+def test_faults_inside_torch_compile_are_the_same_errors(backend, what):
+    """With ``fullgraph=True``, which PyTorch lets no exception out of but its own, all of ours stands in its text."""
+    torch, error, (call, trees) = backend.xp, eager_error(what, backend), faulty(what, backend)
+    torch.compiler.reset()
+    with pytest.raises(ArgumentError) as caught:
+        torch.compile(call, backend="eager")(*trees)
+    assert_same_error(caught.value, error)
+    torch.compiler.reset()
+    with pytest.raises(importlib.import_module("torch._dynamo").exc.Unsupported) as caught:
+        torch.compile(call, fullgraph=True, backend="eager")(*trees)
+    parts = (error.function, error.argument, error.got, error.wanted)
+    assert f"raised exception {type(error).__name__}({', '.join(map(repr, parts))}" in str(caught.value)
 
 
 # --- every single fault ---------------------------------------------------------------------------------------------

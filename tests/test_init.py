@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tolerances import product
 
 import setattn
 from setattn import LayerNorm, Linear, OptionError, RMSNorm
@@ -15,7 +16,7 @@ from setattn import LayerNorm, Linear, OptionError, RMSNorm
 # Every init with arguments of distinct sizes, and a call of the function it is for.
 X, Y = np.ones((2, 7, 12), np.float32), np.ones((2, 5, 10), np.float32)
 INITS: dict[str, tuple[tuple[int, ...], dict[str, Any], Any]] = {
-    "init_linear": ((12, 10), {}, lambda p: X @ p.weight + p.bias),
+    "init_linear": ((12, 10), {}, lambda p: product(X, p.weight) + p.bias),
     "init_norm": ((12,), {}, None),
     "init_feed_forward": ((12,), {"hidden": 9, "gate": True}, None),
     "init_attention": (

@@ -14,7 +14,7 @@ import pytest
 from backends import BACKENDS
 
 import setattn
-from setattn import DTypeError, FeedForward, LayerNorm, Linear, NamespaceError, RMSNorm
+from setattn import DTypeError, FeedForward, LayerNorm, Linear, NamespaceError, ParameterError, RMSNorm
 
 ALL = {name: cases.make(name).params for name in cases.NAMES if cases.make(name).params is not None}
 TREE = ALL["set_transformer"]
@@ -74,6 +74,20 @@ def test_count_of_little():
     assert setattn.count_params(np.ones((3, 4))) == 12
     assert setattn.count_params(np.ones(())) == 1
     assert setattn.count_params((np.ones(3), (Linear(np.ones((2, 2))), ()))) == 7
+
+
+@pytest.mark.parametrize("wrong", [None, (1, 2), 1.5, [np.ones(3)], {"weight": np.ones(3)}, (np.ones(3), None)])
+def test_count_of_what_is_no_tree_of_arrays(wrong):
+    with pytest.raises(NamespaceError, match=r"^count_params: .* is holding a \w+; wanted arrays alone$"):
+        setattn.count_params(wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, None, TREE, "relu"])
+@pytest.mark.parametrize("params", [TREE, ()])
+def test_map_without_a_function(wrong, params):
+    message = rf"^map_params: argument 'function' is a {type(wrong).__name__}; wanted a function of one array$"
+    with pytest.raises(ParameterError, match=message):
+        setattn.map_params(wrong, params)
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------
@@ -235,6 +249,58 @@ def test_dtype_of_another_library():
     torch = pytest.importorskip("torch")
     with pytest.raises(DTypeError, match=r"is torch.float32; wanted a real floating dtype of numpy"):
         setattn.convert_params(TREE, np, dtype=torch.float32)
+
+
+def test_dtype_of_numpy_for_a_library_that_has_its_own():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DTypeError, match=r"is <class 'numpy.float32'>; wanted a real floating dtype of torch"):
+        setattn.convert_params(TREE, torch, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "dtype"),
+    [
+        ("numpy", "strict", "float16"),
+        ("torch", "strict", "bfloat16"),
+        ("torch", "numpy", "bfloat16"),
+        ("jax", "numpy", "bfloat16"),
+        ("torch", "dask", "bfloat16"),
+    ],
+)
+def test_dtype_that_the_library_lacks(source, target, dtype):
+    """Nothing becomes another dtype unasked; where one is given, the values are the same."""
+    for name in (source, target):
+        if reason := BACKENDS[name].missing():
+            pytest.skip(reason)
+    source, target = BACKENDS[source], BACKENDS[target]
+    there = source.params(Linear(np.ones((2, 3)), np.full(3, 0.75)), dtype)
+    with pytest.raises(DTypeError) as caught:
+        setattn.convert_params(there, target.xp)
+    assert caught.value.argument == "params"
+    assert str(caught.value.got).endswith(dtype)
+    assert str(caught.value).endswith(f" or another one by dtype=: {target.xp.__name__.split('.')[0]} has no {dtype}")
+    wide = setattn.convert_params(there, target.xp, dtype=target.dtype("float32"))
+    assert target.numpy(wide.bias).tolist() == [0.75] * 3
+
+
+def test_bfloat16_from_one_library_that_has_it_to_another():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    a = torch.asarray([1.0, 0.3, -2.0], dtype=torch.bfloat16)
+    there = setattn.convert_params(a, jax.numpy)
+    assert there.dtype == jax.numpy.bfloat16
+    back = setattn.convert_params(there, torch)
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back, a)
+
+
+@pytest.mark.parametrize("backend", ["jax-no-x64"], indirect=True)
+def test_float64_where_jax_would_make_float32_of_it(backend):
+    jnp = backend.xp
+    with pytest.raises(DTypeError, match=r"'dtype' is float64; wanted .*: jax has float64 only with jax_enable_x64"):
+        setattn.convert_params(float32(TREE), jnp, dtype=jnp.float64)
+    with pytest.raises(DTypeError, match=r"'params' is holding an array of dtype float64; .* jax_enable_x64"):
+        setattn.convert_params(setattn.map_params(lambda a: a.astype("float64"), TREE), jnp)
+    assert leaves(setattn.convert_params(TREE, jnp, dtype=jnp.float32))[0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("wrong", [None, 1.0, [1.0, 2.0], np.float32(1), "weight", {}, np.ones((2, 2)).view(np.matrix)])

@@ -21,6 +21,7 @@ import strategies
 import tolerances
 from hypothesis import strategies as st
 from strategies import Drawn, agree, blocks, for_all, rejects, same, seeds, values
+from tolerances import product
 
 import setattn
 from setattn import LayerNorm, Linear, RMSNorm, _attend
@@ -337,7 +338,7 @@ def test_the_gradient_of_a_bias_of_the_keys_is_zero():
         g = torch.tensor(np.random.default_rng(seed).normal(size=tuple(out.shape)))
         (out * g).sum().backward()
         largest = abs(case.options.get("scale", 1.0)) * _largest_query(case) * float(g.abs().max())
-        v = case.arrays[1] @ p.value.weight.reshape(p.value.weight.shape[0], -1)
+        v = product(case.arrays[1], p.value.weight.reshape(p.value.weight.shape[0], -1))
         largest *= np.abs(v).max() + (0 if is_absent(p.value.bias) else np.abs(p.value.bias).max())
         c, d, n = p.value.weight.shape[-1], p.key.weight.shape[-1], y.shape[-2]
         rows = math.prod(out.shape[:-1]) * out.shape[-1] // c
@@ -363,7 +364,7 @@ def _largest_query(case: Drawn) -> float:
         )
     if is_absent(p.query):
         return float(np.abs(q).max())
-    projected = np.abs(q) @ np.abs(p.query.weight.reshape(p.query.weight.shape[0], -1))
+    projected = product(np.abs(q), np.abs(p.query.weight.reshape(p.query.weight.shape[0], -1)))
     return float(projected.max() + (0 if is_absent(p.query.bias) else np.abs(p.query.bias).max()))
 
 
@@ -384,7 +385,7 @@ HADAMARD = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1
 
 def rotated(case: Raw, queries_too: bool = True) -> None:
     turn = HADAMARD.astype(case.q.dtype)
-    turned = replace(case, q=case.q @ turn if queries_too else case.q, k=case.k @ turn)
+    turned = replace(case, q=product(case.q, turn) if queries_too else case.q, k=product(case.k, turn))
     agree(turned(), case(), case.bound() + turned.bound(), "rotated")
 
 
@@ -403,7 +404,7 @@ def limits_of_the_scale(case: Raw) -> None:
     expected = np.broadcast_to(expected, case.q.shape[:-1] + v.shape[-1:])
     tolerances.assert_close(mean(), expected, mean.bound(), "scale 0")
 
-    scores = case.q.astype(float) @ np.swapaxes(case._for_query_heads(case.k), -1, -2).astype(float)
+    scores = product(case.q.astype(float), np.swapaxes(case._for_query_heads(case.k), -1, -2).astype(float))
     scores = np.where(case.seen, scores, -np.inf)
     ordered = np.sort(scores, axis=-1)
     hypothesis.assume(scores.shape[-1] >= 2 and scores.size > 0)
@@ -542,6 +543,11 @@ def test_an_isab_sees_its_set_through_the_inducing_points():
     for_all(inducing, blocks("isab"))
 
 
+def by_hand(x: np.ndarray, p: Any) -> np.ndarray:
+    """Apply a linear map that may be absent."""
+    return x if is_absent(p) else product(x, p.weight) + (0 if is_absent(p.bias) else p.bias)
+
+
 def compositions(case: Drawn) -> None:
     x, p, options = case.arrays[0], case.params, case.options
     for block in p.encoder:
@@ -549,7 +555,7 @@ def compositions(case: Drawn) -> None:
     x = setattn.pma(x, p.pma, mask=case.mask, **options)
     for block in p.decoder:
         x = setattn.sab(x, block, **options)
-    same(case(), x if is_absent(p.output) else x @ p.output.weight + (0 if is_absent(p.output.bias) else p.output.bias))
+    same(case(), by_hand(x, p.output))
 
 
 def test_a_set_transformer_is_its_blocks_in_a_row():
@@ -566,8 +572,7 @@ def residual(case: Drawn, silent: bool = True) -> None:
     case = case.with_masks(query_mask=None).with_params(p._replace(attention=attention))
     only, x = case.with_params(case.params._replace(ff=()))(), case.arrays[0]
     o = Options(namespace_of(x), eps=options["eps"])
-    h = x if is_absent(p.project) else x @ p.project.weight + (0 if is_absent(p.project.bias) else p.project.bias)
-    h = np.broadcast_to(h, only.shape) + 0
+    h = np.broadcast_to(by_hand(x, p.project), only.shape) + 0
     same(only, norm(norm(h, p.attention_norm, o), p.output_norm, o) + 0)
     # A feed-forward network whose last layer is 0 is none.
     if not is_absent(p.ff) and not is_absent(p.ff.output):

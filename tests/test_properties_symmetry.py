@@ -12,6 +12,7 @@ import pytest
 import strategies
 from hypothesis import strategies as st
 from strategies import Drawn, agree, blocks, for_all, rejects, same, seeds
+from tolerances import product
 
 import setattn
 from setattn._params import is_absent
@@ -312,7 +313,7 @@ def bias_error(case: Drawn, *biases: np.ndarray) -> float:
     p, u = case.params, strategies.tolerances.unit_roundoff(case.dtype)
     largest = max(np.abs(b[np.isfinite(b)]).max(initial=0.0) for b in biases)
     dim, heads, width = p.value.weight.shape
-    values = case.arrays[1].astype(float) @ p.value.weight.astype(float).reshape(dim, heads * width)
+    values = product(case.arrays[1].astype(float), p.value.weight.astype(float).reshape(dim, heads * width))
     spread = np.ptp(values, axis=-2).max(initial=0.0)
     out = 1.0 if is_absent(p.output) else np.abs(p.output.weight.astype(float)).sum(axis=(0, 1)).max()
     return math.expm1(2 * 2 * u * largest) * spread * out

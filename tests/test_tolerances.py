@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tolerances
 from test_oracle import ACTIVATIONS, Draw, cases
+from tolerances import product
 
 FAST = ("linear", "norm", "feed_forward", "attention", "attention_weights", "mab", "sab", "isab", "latent_transformer")
 
@@ -23,7 +24,8 @@ class Float32:
         self.activation, self.eps, self.dtype = activation, dtype(eps), dtype
 
     def linear(self, x, p):
-        y = np.tensordot(x, p.weight, 1) if x.shape[-1] == p.weight.shape[0] else x @ p.weight.reshape(x.shape[-1], -1)
+        weight = p.weight if x.shape[-1] == p.weight.shape[0] else p.weight.reshape(x.shape[-1], -1)
+        y = product(x, weight.reshape(x.shape[-1], -1)).reshape(*x.shape[:-1], *weight.shape[1:])
         return y if oracle.absent(p.bias) else y + p.bias
 
     def norm(self, x, p):
@@ -60,7 +62,7 @@ class Float32:
         q = self.norm(q, p.query_norm) * self.dtype(k.shape[-1] ** -0.5 if scale is None else scale)
         q, k = np.swapaxes(q, -2, -3), np.swapaxes(k, -2, -3)
         k = np.repeat(k, q.shape[-3] // k.shape[-3], axis=-3)
-        s = q @ np.swapaxes(k, -1, -2)
+        s = product(q, np.swapaxes(k, -1, -2))
         seen = np.ones(s.shape, dtype=bool)
         seen = seen if mask is None else seen & mask[..., None, None, :]
         seen = seen if pair_mask is None else seen & pair_mask[..., None, :, :]
@@ -77,7 +79,7 @@ class Float32:
     def attention(self, x, y, p, mask=None, pair_mask=None, bias=None, scale=None):
         w, total = self.scores(x, y, p, mask, pair_mask, bias, scale)
         v = np.swapaxes(self.linear(y, p.value), -2, -3)
-        o = np.swapaxes(w @ np.repeat(v, w.shape[-3] // v.shape[-3], axis=-3) / total, -2, -3)
+        o = np.swapaxes(product(w, np.repeat(v, w.shape[-3] // v.shape[-3], axis=-3)) / total, -2, -3)
         o = o.reshape(*o.shape[:-2], -1)
         return o if oracle.absent(p.output) else self.linear(o, p.output)
 
@@ -154,14 +156,14 @@ def test_attention_bound_holds_and_is_tight(scale, hard):
             bound = tolerances.attention_bound(
                 q, k, v, scale=scale / d**0.5, visible=visible, dtype="float32", hard=hard
             )
-            s = np.where(visible, (q * np.float32(scale / d**0.5)) @ k.T, -np.inf)
+            s = np.where(visible, product(q * np.float32(scale / d**0.5), k.T), -np.inf)
             top = np.where(visible.any(axis=1, keepdims=True), s.max(axis=1, keepdims=True), 0)
             w = np.exp(s - top)
-            actual = w @ v / np.maximum(w.sum(axis=1, keepdims=True), np.float32(1e-30))
+            actual = product(w, v) / np.maximum(w.sum(axis=1, keepdims=True), np.float32(1e-30))
             assert actual.dtype == np.float32
-            exact = np.where(visible, scale / d**0.5 * q.astype(float) @ k.T.astype(float), -np.inf)
+            exact = np.where(visible, product(scale / d**0.5 * q.astype(float), k.T.astype(float)), -np.inf)
             w = np.exp(exact - np.where(visible.any(axis=1, keepdims=True), exact.max(axis=1, keepdims=True), 0))
-            value = w @ v.astype(float) / np.maximum(w.sum(axis=1, keepdims=True), 1e-300)
+            value = product(w, v.astype(float)) / np.maximum(w.sum(axis=1, keepdims=True), 1e-300)
             tolerances.assert_close(actual, value, bound, "attention_bound")
     tolerances.tight("attention_bound")
 

@@ -81,6 +81,15 @@ def unit_roundoff(dtype):
     return _U[dtype_name(dtype)]
 
 
+def product(a, b):
+    """Multiply matrices, without asking NumPy for the floating-point flags.
+
+    OpenBLAS raises some for lanes that it pads a small matrix with and then discards.
+    """
+    with np.errstate(all="ignore"):
+        return a @ b
+
+
 def half_rounding(value, dtype):
     """Half a unit in the last place of a half-precision result; 0 for the other types."""
     if dtype_name(dtype) not in _HALF:
@@ -439,10 +448,10 @@ def attention_bound(
     d, n, u = q.shape[-1], k.shape[-2], unit_roundoff(dtype)
     scale = 1 / math.sqrt(d) if scale is None else scale
     kt = np.swapaxes(k, -1, -2)
-    sigma = abs(scale) * np.abs(q) @ np.abs(kt)
+    sigma = product(abs(scale) * np.abs(q), np.abs(kt))
     q_error, k_error = np.broadcast_to(q_error, q.shape), np.broadcast_to(k_error, k.shape)
-    carried = abs(scale) * (q_error @ np.abs(kt) + np.abs(q) @ np.swapaxes(k_error, -1, -2))
-    s = scale * q @ kt
+    carried = abs(scale) * (product(q_error, np.abs(kt)) + product(np.abs(q), np.swapaxes(k_error, -1, -2)))
+    s = product(scale * q, kt)
     if bias is not None:
         s = s + oracle.to_float64(bias)
         carried = carried + np.abs(s)
@@ -451,7 +460,7 @@ def attention_bound(
     below = np.where(seen, np.where(np.isfinite(m), m, 0.0) - np.where(seen, s, 0.0), 0.0)
     p = np.where(seen, np.exp(-below), 0.0)
     p = p / np.maximum(p.sum(axis=-1, keepdims=True), 1e-300)
-    o, size = p @ v, p @ np.abs(v)
+    o, size = product(p, v), product(p, np.abs(v))
     if hard:
         slope, g = d + 2, 2 * n + 3 if n < 128 else 2 * (128 + -(-n // 128)) + 3
     else:
@@ -459,7 +468,7 @@ def attention_bound(
     weight = p * (slope * sigma + carried + np.where(np.isfinite(below), below, 0.0) + EXP)
     away = np.abs(v[..., None, :, :] - o[..., :, None, :])
     total = (weight[..., None] * away).sum(axis=-2) + (g + merges * (EXP + 3)) * size
-    total = total + p @ np.broadcast_to(v_error, v.shape)
+    total = total + product(p, np.broadcast_to(v_error, v.shape))
     bound = u * total + n * _TINY[dtype_name(dtype)] * seen.any(axis=-1, keepdims=True)
     return bound + half_rounding(np.abs(o) + bound, dtype) * seen.any(axis=-1, keepdims=True)
 

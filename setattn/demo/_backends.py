@@ -7,7 +7,7 @@ import warnings
 from typing import NamedTuple
 
 from setattn._typing import Namespace
-from setattn.demo._errors import DemoError, first_line
+from setattn.demo._errors import DemoError, first_line, to_install
 
 
 class Backend(NamedTuple):
@@ -43,7 +43,7 @@ def load_backend(name: str) -> tuple[Namespace, str]:
             xp = importlib.import_module(backend.arrays)
             xp.ones((1, 1)) @ xp.ones((1, 1)) + 1.0  # a library for GPUs comes to its GPU only now
     except ModuleNotFoundError as error:
-        install = " or ".join(f'python -m pip install "setattn[{extra}]"' for extra in backend.extras)
+        install = to_install(*backend.extras)
         raise DemoError(f"the package {error.name} is not installed; install it: {install}") from error
     except Exception as error:
         raise DemoError(f"{name} is installed but does not work on this machine: {first_line(error)}") from error

@@ -14,7 +14,7 @@ import numpy as np
 import setattn
 from setattn.demo._backends import BACKENDS, load_backend
 from setattn.demo._data import load_digits, shuffle, to_images, to_sets
-from setattn.demo._errors import DemoError
+from setattn.demo._errors import DemoError, to_install, whole_number
 from setattn.demo._files import check_writable, write_whole
 from setattn.demo._model import load_model, logits, seed_attention
 
@@ -36,10 +36,10 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--sets",
-        type=_number_of_sets,
+        type=whole_number(1, HELD_OUT),
         default=HELD_OUT,
         metavar="N",
-        help=f"read only the first N of the {HELD_OUT} images",
+        help=f"read only the first N of the {HELD_OUT} images (default: {HELD_OUT})",
     )
     parser.set_defaults(run=run)
 
@@ -119,14 +119,7 @@ def _require(*packages: str) -> None:
         except ImportError:
             missing.append(package)
     if missing:
-        install = 'python -m pip install "setattn[demo]"'
-        raise DemoError(f"missing {', '.join(missing)}; install what the demo needs: {install}")
-
-
-def _number_of_sets(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= HELD_OUT):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {HELD_OUT}")
-    return int(text)
+        raise DemoError(f"missing {', '.join(missing)}; install what the demo needs: {to_install('demo')}")
 
 
 def _png(text: str) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 
 import setattn
 from setattn.demo._data import load_digits, to_sets
-from setattn.demo._errors import DemoError
+from setattn.demo._errors import DemoError, to_install, whole_number
 from setattn.demo._files import check_writable, write_whole
 from setattn.demo._model import WEIGHTS, flatten, init_model, logits
 
@@ -28,6 +28,7 @@ LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
 LARGEST_GRADIENT = 1.0
+LARGEST_SEED = 2**64 - 1  # of PyTorch
 
 
 def augment(
@@ -119,8 +120,20 @@ def validation_part(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m setattn.demo.train", description="Train the weights of the demo.")
-    parser.add_argument("--epochs", type=int, default=160, help="passes over the training images (default: 160)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+    parser.add_argument(
+        "--epochs",
+        type=whole_number(1),
+        default=160,
+        metavar="N",
+        help="passes over the training images (default: 160)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="seed of weights, order and augmentation (default: 0)",
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--validate",
@@ -146,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
         import tqdm  # noqa: F401, to see that it is there
         from safetensors.numpy import save
     except ImportError as error:
-        install = 'python -m pip install "setattn[demo,torch]"'
+        install = to_install("demo,torch")
         raise DemoError(f"training needs the package {error.name}, which is missing; install it: {install}") from error
 
     digits = load_digits(held_out=False)
