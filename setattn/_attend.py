@@ -14,7 +14,7 @@ from typing import NamedTuple
 from setattn._blocks import Block, cut, fold, rows_in_a_block, sets_in_a_block
 from setattn._call import widen
 from setattn._layers import AnyNorm, Options, enter, folded, linear, norm, select
-from setattn._namespace import like_rows, matmul
+from setattn._namespace import exp_into, into, like_rows, matmul
 from setattn._order import Order, Sizes, choose
 from setattn._params import Attention, Linear, is_absent
 from setattn._threads import run
@@ -162,7 +162,7 @@ def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     xp = o.xp
     s = _masked(_scores(q, context, p, o), context, xp)
     largest = _largest(s, xp)
-    e = xp.exp(s - _finite(largest, xp))
+    e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
     total = xp.sum(e, axis=-1, keepdims=True)
     if q.order.values == "carry_weights":
         weighted = _weighted_elements(e, context, xp)
@@ -202,8 +202,8 @@ def softmax_weights(q: Queries, context: Context, p: Attention, o: Options) -> A
     """Compute the softmax weights ``(..., kv_heads, rows, n)`` of a context that is ready."""
     xp = o.xp
     s = _masked(_scores(q, context, p, o), context, xp)
-    e = xp.exp(s - _finite(_largest(s, xp), xp))
-    return e / _nonzero(xp.sum(e, axis=-1, keepdims=True), xp)
+    e = exp_into(into("subtract", s, _finite(_largest(s, xp), xp), xp), xp)
+    return into("divide", e, _nonzero(xp.sum(e, axis=-1, keepdims=True), xp), xp)
 
 
 def _attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> Array:
@@ -223,7 +223,7 @@ def _attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> A
     out = matmul(w, carried, xp)
     if context.poisoned is not None:
         out = xp.where(context.poisoned[..., None], math.nan, out)
-    return out if is_absent(output.bias) else out + output.bias
+    return out if is_absent(output.bias) else into("add", out, output.bias, xp)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def _scores(q: Queries, context: Context, p: Attention, o: Options) -> Array:
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
         s = _split_heads(_rows_by_rows(carried, context.elements, xp), kv_heads, xp)
-        return s if q.shift is None else s + q.shift
+        return s if q.shift is None else into("add", s, q.shift, xp)
     k = _heads_first(norm(_project(context.elements, p.key, xp), p.key_norm, o), xp)
     k = k if q.scale == 1.0 else k * q.scale
     if q.order.scores == "project":
@@ -281,7 +281,7 @@ def _scores(q: Queries, context: Context, p: Attention, o: Options) -> Array:
     carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
     s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)  # (..., heads, n, m)
     if not is_absent(p.query.bias):
-        s = s + matmul(k, p.query.bias[..., None], xp)
+        s = into("add", s, matmul(k, p.query.bias[..., None], xp), xp)
     return xp.matrix_transpose(s)
 
 
@@ -295,7 +295,7 @@ def _rows_by_rows(a: Array, b: Array, xp: Namespace) -> Array:
 def _masked(s: Array, context: Context, xp: Namespace) -> Array:
     """Add the bias to scores, and put ``-inf`` where an element does not take part."""
     if context.bias is not None:
-        s = s + context.bias[..., None, None, :]
+        s = into("add", s, context.bias[..., None, None, :], xp)
     if context.mask is not None:
         s = xp.where(context.mask[..., None, None, :], s, -math.inf)
     if context.pair_mask is not None:
@@ -383,7 +383,7 @@ def _project(x: Array, p: Linear, xp: Namespace) -> Array:
     dim, heads, head_dim = p.weight.shape
     y = matmul(x, xp.reshape(p.weight, (dim, heads * head_dim)), xp)
     y = xp.reshape(y, (*x.shape[:-1], heads, head_dim))
-    return y if is_absent(p.bias) else y + p.bias
+    return y if is_absent(p.bias) else into("add", y, p.bias, xp)
 
 
 def _heads_first(t: Array, xp: Namespace) -> Array:

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 from setattn._blocks import Plan
 from setattn._call import Call
 from setattn._errors import DTypeError, MaskError, NamespaceError, OptionError, ShapeError
-from setattn._namespace import bits_of, device_of, is_boolean, name_of, namespace_of, native, unlike_others
+from setattn._namespace import (
+    bits_of,
+    device_of,
+    has_own_threads,
+    is_boolean,
+    name_of,
+    namespace_of,
+    native,
+    unlike_others,
+)
 from setattn._order import SCORES, VALUES, Order
 from setattn._threads import has_threads
 from setattn._typing import Array, Shape
@@ -177,7 +186,7 @@ def plan(call: Call, value: Any) -> Plan:
     if size is not None:
         integer(call.function, "plan.block_size", size)
     integer(call.function, "plan.threads", threads)
-    if name_of(call.xp) != "numpy":
+    if has_own_threads(call.xp):
         return value._replace(threads=1)
     if threads > 1 and not has_threads():
         raise OptionError(call.function, "plan.threads", threads, "1, as the package threadpoolctl is not installed")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, is_half, widen
-from setattn._namespace import erf, matmul, relu, row_mean, row_mean_square, surely_within
+from setattn._namespace import erf, into, matmul, relu, row_mean, row_mean_square, surely_within
 from setattn._params import FeedForward, LayerNorm, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -58,7 +58,7 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
     if not isinstance(p, Linear):
         return x
     y = matmul(x, p.weight, xp)
-    return y if is_absent(p.bias) else y + p.bias
+    return y if is_absent(p.bias) else into("add", y, p.bias, xp)
 
 
 def norm(x: Array, p: AnyNorm, o: Options) -> Array:
@@ -76,15 +76,15 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if isinstance(p, LayerNorm):
         # Taken from the first feature, a constant row is exactly 0 and a common offset costs no digits.
         y = y - y[..., :1]
-        y = y - row_mean(y, xp)
+        y = into("subtract", y, row_mean(y, xp), xp)
     power = row_mean_square(y, xp) + eps
     root = xp.sqrt(xp.where(power == 0, 1.0, power))  # the scaled eps may vanish, and a constant row is 0
     # Without a mean to subtract, a small feature beside a large one keeps its digits if it was never scaled.
-    y = y / root if isinstance(p, LayerNorm) else x / (root / shrink)
+    y = into("divide", y, root, xp) if isinstance(p, LayerNorm) else x / (root / shrink)
     if not is_absent(p.scale):
-        y = y * p.scale
+        y = into("multiply", y, p.scale, xp)
     if isinstance(p, LayerNorm) and not is_absent(p.bias):
-        y = y + p.bias
+        y = into("add", y, p.bias, xp)
     return y
 
 
@@ -129,7 +129,7 @@ def feed_forward(x: Array, p: FeedForward, o: Options) -> Array:
 
 def residual_feed_forward(x: Array, p: Any, o: Options) -> Array:
     """Compute ``x + ff(ff_norm(x))`` with the two parts of a block, or ``x`` where it has no ``ff``."""
-    return x if is_absent(p.ff) else x + normed_feed_forward(x, p.ff_norm, p.ff, o)
+    return x if is_absent(p.ff) else into("add", normed_feed_forward(x, p.ff_norm, p.ff, o), x, o.xp)
 
 
 def normed_feed_forward(x: Array, p: AnyNorm, ff: FeedForward, o: Options) -> Array:

@@ -184,6 +184,11 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
     return _GPU_MEMORY if name == "cupy" else _CACHE
 
 
+def has_own_threads(xp: Namespace) -> bool:
+    """Say whether a library spreads each operation over threads by itself."""
+    return name_of(xp) != "numpy"
+
+
 def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
     """Return an array to write parts like this one into, or ``None`` where arrays are not written to.
 
@@ -214,8 +219,31 @@ def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
 
 
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
-    """Say whether no number is beyond a limit, where that is known at no cost to tracing or a device: on NumPy."""
-    return name_of(xp) == "numpy" and x.size > 0 and bool(x.max() <= limit and x.min() >= -limit)
+    """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
+    name = name_of(xp)
+    if name == "numpy":
+        return x.size > 0 and bool(x.max() <= limit and x.min() >= -limit)
+    if name != "torch" or xp.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    try:
+        least, largest = (float(end) for end in x.detach().aminmax())
+    except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
+        return False
+    return largest <= limit and least >= -limit
+
+
+def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
+    """Compute an operation of two arrays in the memory of the first, an intermediate result that is needed no more.
+
+    Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
+    """
+    function = getattr(xp, operation)
+    return function(a, b, out=a) if name_of(xp) in ("numpy", "cupy") else function(a, b)
+
+
+def exp_into(a: Array, xp: Namespace) -> Array:
+    """Compute the exponential function in the same way."""
+    return xp.exp(a, out=a) if name_of(xp) in ("numpy", "cupy") else xp.exp(a)
 
 
 def row_mean(x: Array, xp: Namespace) -> Array:
@@ -223,7 +251,7 @@ def row_mean(x: Array, xp: Namespace) -> Array:
     if name_of(xp) != "numpy":
         return xp.mean(x, axis=-1, keepdims=True)
     with np.errstate(all="ignore"):
-        return xp.vecdot(x, np.ones(x.shape[-1], dtype=x.dtype))[..., None] / x.shape[-1]
+        return xp.vecdot(x, xp.ones(x.shape[-1], dtype=x.dtype, device=x.device))[..., None] / x.shape[-1]
 
 
 def row_mean_square(x: Array, xp: Namespace) -> Array:
@@ -236,7 +264,7 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
 
 def relu(x: Array, xp: Namespace) -> Array:
     """Compute ``max(x, 0)``, of NaN a NaN: NumPy's ``where`` takes several times as long as its ``maximum``."""
-    return xp.maximum(x, xp.asarray(0, dtype=x.dtype)) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
+    return np.maximum(x, x.dtype.type(0)) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

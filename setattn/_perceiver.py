@@ -11,6 +11,7 @@ from setattn._attend import Context, attend, numbers_per_query
 from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate, is_half, widen
 from setattn._layers import Options, enter, linear, options, residual_feed_forward
+from setattn._namespace import into
 from setattn._params import CrossAttention, Perceiver, PerceiverIO, SelfAttention
 from setattn._typing import Absent, Array
 
@@ -394,7 +395,7 @@ def _cross_attention(z: Array, y: Context, p: CrossAttention, o: Options, query_
     def rows(z: Array, block: Block | None) -> Array:
         z = enter(z, None, o)
         h = attend(z, [y.seen_by(block)], p.attention, o, p.query_norm)
-        return residual_feed_forward(z + h if query_residual else h, p, o)
+        return residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
 
     y = y._replace(norm=p.context_norm)
     return by_rows(rows, z, numbers_per_query(z, [y], p.attention), o.plan, o.xp)
@@ -409,7 +410,7 @@ def _latent_transformer(z: Array, layers: tuple[SelfAttention, ...], o: Options)
 def _self_attention(z: Array, p: SelfAttention, o: Options) -> Array:
     def rows(x: Array, block: Block | None) -> Array:
         x = enter(x, None, o)
-        h = x + attend(x, [y.seen_by(block)], p.attention, o, p.norm)
+        h = into("add", attend(x, [y.seen_by(block)], p.attention, o, p.norm), x, o.xp)
         return residual_feed_forward(h, p, o)
 
     y = Context(z, norm=p.norm)

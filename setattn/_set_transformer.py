@@ -8,6 +8,7 @@ from setattn._attend import Context, attend, numbers_per_query
 from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate
 from setattn._layers import Options, enter, feed_forward, linear, norm, options, residual_feed_forward, select
+from setattn._namespace import into
 from setattn._params import ISAB, MAB, PMA, FeedForward, SetTransformer
 from setattn._typing import Array
 
@@ -355,7 +356,8 @@ def _mab(x: Array, y: Context, p: MAB, o: Options, mask: Array | None = None) ->
     def rows(x: Array, block: Block | None) -> Array:
         part = block.of(mask) if block is not None else mask
         x = linear(enter(x, part, o), p.project, o.xp)
-        h = norm(x + attend(x, [y.seen_by(block)], p.attention, o, p.query_norm), p.attention_norm, o)
+        h = into("add", attend(x, [y.seen_by(block)], p.attention, o, p.query_norm), x, o.xp)
+        h = norm(h, p.attention_norm, o)
         return select(norm(residual_feed_forward(h, p, o), p.output_norm, o), part, o.xp)
 
     y = y._replace(norm=p.context_norm)

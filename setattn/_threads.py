@@ -54,11 +54,11 @@ class _ProductsOnOneThread(contextlib.AbstractContextManager[None]):
 
                     self._controller = ThreadpoolController()
                 self._limit = self._controller.limit(limits=1, user_api="blas")
-            self._users += 1
+            self._users = self._users + 1
 
     def __exit__(self, *raised: object) -> None:
         with self._lock:
-            self._users -= 1
+            self._users = self._users - 1
             if self._users == 0:
                 self._limit.restore_original_limits()
 
