@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from setattn._blocks import Block, cut, fold, rows_in_a_block, sets_in_a_block
+from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
 from setattn._call import widen
 from setattn._layers import AnyNorm, Options, enter, folded, linear, norm, select
 from setattn._namespace import exp_into, into, like_rows, matmul
@@ -187,7 +187,7 @@ def merge_states(a: State, b: State, xp: Namespace) -> State:
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
     shift = _finite(largest, xp)
     wa, wb = xp.exp(a.largest - shift), xp.exp(b.largest - shift)
-    return State(largest, a.total * wa + b.total * wb, a.weighted * wa + b.weighted * wb)
+    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
 
 
 def finish(state: State, xp: Namespace) -> Array:
@@ -429,12 +429,23 @@ def _numbers_per_element(query: Array, context: Context, p: Attention) -> int:
     return numbers
 
 
-def numbers_per_query(query: Array, contexts: Sequence[Context], p: Attention) -> int:
-    """Estimate how many numbers are at work for each query, which meets a block of a long context at a time."""
-    heads, _ = head_counts(query, p)
-    n = max(context.elements.shape[-2] for context in contexts)
-    numbers: int = 4 * query.shape[-1] + 3 * heads * min(n, 256)
-    return numbers
+def by_queries(
+    function: Callable[[Array, Context, Block | None], Array], x: Array, y: Context, p: Attention, o: Options
+) -> Array:
+    """Compute ``function(rows of x, what they attend to, which block)`` block by block; see :func:`by_rows`.
+
+    A context of one block is made ready once, for all blocks of rows. Of a longer one, each block of rows meets a block
+    at a time, and more of them at once, as each of them makes every block of the context ready anew.
+    """
+    (heads, _), (m, width), n = head_counts(x, p), x.shape[-2:], y.elements.shape[-2]
+    numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
+    size = rows_in_a_block(o.plan, x, numbers, o.xp)
+    if size is not None and n <= size < m and n <= _SHORT:
+        y = ready(y, o)
+    return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)
+
+
+_SHORT = 256
 
 
 def _parts(query: Array, context: Context, p: Attention, o: Options) -> list[slice] | None:

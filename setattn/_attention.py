@@ -9,15 +9,15 @@ from setattn import _structure as structure
 from setattn._attend import (
     Context,
     attend,
+    by_queries,
     head_counts,
-    numbers_per_query,
     order_of,
     queries,
     ready,
     softmax_weights,
     ungroup,
 )
-from setattn._blocks import Block, Plan, by_rows
+from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
 from setattn._layers import enter, options
 from setattn._params import Attention
@@ -105,12 +105,10 @@ def attention(
     o = options(call, eps=eps, scale=scale, plan=plan)
 
     def body(params: Attention) -> Array:
-        y = Context(context, mask, pair_mask, bias)
+        def rows(q: Array, y: Context, _: Block | None) -> Array:
+            return attend(enter(q, None, o), [y], params, o)
 
-        def rows(q: Array, block: Block | None) -> Array:
-            return attend(enter(q, None, o), [y.seen_by(block)], params, o)
-
-        return by_rows(rows, query, numbers_per_query(query, [y], params), o.plan, o.xp)
+        return by_queries(rows, query, Context(context, mask, pair_mask, bias), params, o)
 
     return evaluate(call, body, params)
 

@@ -13,7 +13,7 @@ from setattn._typing import Array, Namespace
 
 T = TypeVar("T")
 
-LEAST = 64  # rows of a block, below which its products are too small to be fast
+LEAST = 512  # rows of a block, below which merging its state takes longer than a tenth of its products
 
 
 class Plan(NamedTuple):

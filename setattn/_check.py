@@ -51,7 +51,7 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
             raise NamespaceError(
                 call.function, argument, f"on device {device}", f"device {call.device}, as the first argument is"
             )
-    if any(size != size for size in a.shape):
+    if (total := sum(a.shape)) != total:  # a size that Dask does not know is NaN
         wanted = "known sizes: call compute_chunk_sizes() on the array first"
         raise ShapeError(call.function, argument, tuple(a.shape), wanted, "shape")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend, numbers_per_query
-from setattn._blocks import Block, Plan, by_rows
+from setattn._attend import Context, attend, by_queries
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._layers import Options, enter, linear, norm, normed_feed_forward, options, residual_feed_forward, select
 from setattn._namespace import creation_device, cumulative_count
@@ -198,16 +198,15 @@ def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
 def _gated(x: Array, y: Context, params: GatedCrossAttention, o: Options) -> Array:
     xp, p = o.xp, params.cross_attention
 
-    def rows(x: Array, block: Block | None) -> Array:
-        x, part = enter(x, None, o), y.seen_by(block)
+    def rows(x: Array, part: Context, _: Block | None) -> Array:
+        x = enter(x, None, o)
         a = attend(x, [part], p.attention, o, p.query_norm)
         h = x + xp.tanh(params.attention_gate) * select(a, _sees_anything(part, xp), xp)
         if isinstance(p.ff, FeedForward):
             h = h + xp.tanh(params.ff_gate) * normed_feed_forward(h, p.ff_norm, p.ff, o)
         return h
 
-    y = y._replace(norm=p.context_norm)
-    return by_rows(rows, x, numbers_per_query(x, [y], p.attention), o.plan, xp)
+    return by_queries(rows, x, y._replace(norm=p.context_norm), p.attention, o)
 
 
 def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options) -> Context:

@@ -94,7 +94,7 @@ def _squared_relu(x: Array, xp: Namespace) -> Array:
 
 
 def _gelu(x: Array, xp: Namespace) -> Array:
-    return 0.5 * x * (1.0 + erf(math.sqrt(0.5) * x, xp))
+    return into("multiply", 1.0 + erf(math.sqrt(0.5) * x, xp), 0.5 * x, xp)
 
 
 def _gelu_tanh(x: Array, xp: Namespace) -> Array:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend, numbers_per_query
-from setattn._blocks import Block, Plan, by_rows
+from setattn._attend import Context, attend, by_queries
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate, is_half, widen
 from setattn._layers import Options, enter, linear, options, residual_feed_forward
 from setattn._namespace import into
@@ -392,13 +392,12 @@ def fourier_features(
 
 
 def _cross_attention(z: Array, y: Context, p: CrossAttention, o: Options, query_residual: bool) -> Array:
-    def rows(z: Array, block: Block | None) -> Array:
+    def rows(z: Array, y: Context, _: Block | None) -> Array:
         z = enter(z, None, o)
-        h = attend(z, [y.seen_by(block)], p.attention, o, p.query_norm)
+        h = attend(z, [y], p.attention, o, p.query_norm)
         return residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
 
-    y = y._replace(norm=p.context_norm)
-    return by_rows(rows, z, numbers_per_query(z, [y], p.attention), o.plan, o.xp)
+    return by_queries(rows, z, y._replace(norm=p.context_norm), p.attention, o)
 
 
 def _latent_transformer(z: Array, layers: tuple[SelfAttention, ...], o: Options) -> Array:
@@ -408,13 +407,12 @@ def _latent_transformer(z: Array, layers: tuple[SelfAttention, ...], o: Options)
 
 
 def _self_attention(z: Array, p: SelfAttention, o: Options) -> Array:
-    def rows(x: Array, block: Block | None) -> Array:
+    def rows(x: Array, y: Context, _: Block | None) -> Array:
         x = enter(x, None, o)
-        h = into("add", attend(x, [y.seen_by(block)], p.attention, o, p.norm), x, o.xp)
+        h = into("add", attend(x, [y], p.attention, o, p.norm), x, o.xp)
         return residual_feed_forward(h, p, o)
 
-    y = Context(z, norm=p.norm)
-    return by_rows(rows, z, numbers_per_query(z, [y], p.attention), o.plan, o.xp)
+    return by_queries(rows, z, Context(z, norm=p.norm), p.attention, o)
 
 
 def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_residual: bool) -> Array:

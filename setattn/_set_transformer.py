@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend, numbers_per_query
-from setattn._blocks import Block, Plan, by_rows
+from setattn._attend import Context, attend, by_queries
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._layers import Options, enter, feed_forward, linear, norm, options, residual_feed_forward, select
 from setattn._namespace import into
@@ -353,15 +353,14 @@ def set_transformer(
 
 
 def _mab(x: Array, y: Context, p: MAB, o: Options, mask: Array | None = None) -> Array:
-    def rows(x: Array, block: Block | None) -> Array:
+    def rows(x: Array, y: Context, block: Block | None) -> Array:
         part = block.of(mask) if block is not None else mask
         x = linear(enter(x, part, o), p.project, o.xp)
-        h = into("add", attend(x, [y.seen_by(block)], p.attention, o, p.query_norm), x, o.xp)
+        h = into("add", attend(x, [y], p.attention, o, p.query_norm), x, o.xp)
         h = norm(h, p.attention_norm, o)
         return select(norm(residual_feed_forward(h, p, o), p.output_norm, o), part, o.xp)
 
-    y = y._replace(norm=p.context_norm)
-    return by_rows(rows, x, numbers_per_query(x, [y], p.attention), o.plan, o.xp)
+    return by_queries(rows, x, y._replace(norm=p.context_norm), p.attention, o)
 
 
 def _sab(x: Array, p: MAB, o: Options, mask: Array | None = None) -> Array:
