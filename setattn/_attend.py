@@ -160,7 +160,7 @@ def _mark(context: Context, finite: Array, xp: Namespace) -> Context:
 def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     """Attend from queries to a part of a set that is ready."""
     xp = o.xp
-    s = _masked(_scores(q, context, p, o), context, xp)
+    s = _scores(q, context, p, o)
     largest = _largest(s, xp)
     e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
     total = xp.sum(e, axis=-1, keepdims=True)
@@ -201,7 +201,7 @@ def finish(state: State, xp: Namespace) -> Array:
 def softmax_weights(q: Queries, context: Context, p: Attention, o: Options) -> Array:
     """Compute the softmax weights ``(..., kv_heads, rows, n)`` of a context that is ready."""
     xp = o.xp
-    s = _masked(_scores(q, context, p, o), context, xp)
+    s = _scores(q, context, p, o)
     e = exp_into(into("subtract", s, _finite(_largest(s, xp), xp), xp), xp)
     return into("divide", e, _nonzero(xp.sum(e, axis=-1, keepdims=True), xp), xp)
 
@@ -216,7 +216,7 @@ def _attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> A
     w = softmax_weights(q, context, p, o)
     values, context = _values(context, p, xp)
     *batch, heads, m, n = w.shape
-    carried, context = _visible(matmul(values, output.weight, xp), context, xp)
+    carried, context = _visible(matmul(values, output.weight, xp), -3, context, xp)
     carried = xp.reshape(carried, (*carried.shape[:-3], heads * n, carried.shape[-1]))
     # (..., heads, n, m) is how the weights lie in memory where the queries are many.
     w = xp.matrix_transpose(xp.reshape(xp.matrix_transpose(w), (*batch, heads * n, m)))
@@ -253,7 +253,7 @@ def queries(query: Array, context: Context, p: Attention, order: Order, o: Optio
     if order.scores == "carry_keys":
         return Queries(query, order, scale=scale)
     q = _projected_queries(query, p, o)
-    if order.scores == "project" and query.shape[-2] > context.elements.shape[-2]:
+    if order.scores == "project" and o.eager and query.shape[-2] > context.elements.shape[-2]:
         return Queries(q, order, scale=scale)
     q = q * scale
     if order.scores == "project":
@@ -264,45 +264,53 @@ def queries(query: Array, context: Context, p: Attention, order: Order, o: Optio
 
 
 def _scores(q: Queries, context: Context, p: Attention, o: Options) -> Array:
-    """Compute the scores ``(..., kv_heads, rows, n)``."""
+    """Compute the scores ``(..., kv_heads, rows, n)``, ``-inf`` where an element does not take part.
+
+    In memory, the longer one of the last two axes is the last. What is masked is masked in that order, so that the
+    sums that follow add up in the same one, with a mask of any kind and without.
+    """
+    s, upright = _products(q, context, p, o)
+    s = _masked(s, context, upright, o.xp)
+    return s if upright else o.xp.matrix_transpose(s)
+
+
+def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[Array, bool]:
+    """Multiply queries and elements: to ``(..., kv_heads, rows, n)`` or, not upright, ``(..., kv_heads, n, rows)``."""
     xp = o.xp
     if q.order.scores == "carry_queries":  # the queries of all heads by one product
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
-        s = _split_heads(_rows_by_rows(carried, context.elements, xp), kv_heads, xp)
-        return s if q.shift is None else into("add", s, q.shift, xp)
+        s = _split_heads(matmul(carried, xp.matrix_transpose(context.elements), xp), kv_heads, xp)
+        return (s if q.shift is None else into("add", s, q.shift, xp)), True
     k = _heads_first(norm(_project(context.elements, p.key, xp), p.key_norm, o), xp)
     k = k if q.scale == 1.0 else k * q.scale
     if q.order.scores == "project":
-        return _rows_by_rows(q.array, k, xp)
+        if o.eager and q.array.shape[-2] > k.shape[-2]:
+            return matmul(k, xp.matrix_transpose(q.array), xp), False
+        return matmul(q.array, xp.matrix_transpose(k), xp), True
     assert isinstance(p.query, Linear)
     *batch, heads, n, _ = k.shape
     carried = matmul(k, xp.permute_dims(p.query.weight, (1, 2, 0)), xp)  # (..., heads, n, dim)
     carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
-    s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)  # (..., heads, n, m)
-    if not is_absent(p.query.bias):
-        s = into("add", s, matmul(k, p.query.bias[..., None], xp), xp)
-    return xp.matrix_transpose(s)
+    s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)
+    return (s if is_absent(p.query.bias) else into("add", s, matmul(k, p.query.bias[..., None], xp), xp)), False
 
 
-def _rows_by_rows(a: Array, b: Array, xp: Namespace) -> Array:
-    """Multiply each row of ``a`` with each of ``b``; the longer of the two axes is the one that is contiguous."""
-    if b.shape[-2] >= a.shape[-2]:
-        return matmul(a, xp.matrix_transpose(b), xp)
-    return xp.matrix_transpose(matmul(b, xp.matrix_transpose(a), xp))
-
-
-def _masked(s: Array, context: Context, xp: Namespace) -> Array:
+def _masked(s: Array, context: Context, upright: bool, xp: Namespace) -> Array:
     """Add the bias to scores, and put ``-inf`` where an element does not take part."""
+
+    def along_elements(a: Array) -> Array:
+        return a[..., None, None, :] if upright else a[..., None, :, None]
+
     if context.bias is not None:
-        s = into("add", s, context.bias[..., None, None, :], xp)
+        s = into("add", s, along_elements(context.bias), xp)
     if context.mask is not None:
-        s = xp.where(context.mask[..., None, None, :], s, -math.inf)
+        s = xp.where(along_elements(context.mask), s, -math.inf)
     if context.pair_mask is not None:
         m = context.pair_mask.shape[-2]
-        groups = s.shape[-2] // m if m else 1
+        groups = s.shape[-2 if upright else -1] // m if m else 1
         pairs = xp.concat([context.pair_mask] * groups, axis=-2)
-        s = xp.where(pairs[..., None, :, :], s, -math.inf)
+        s = xp.where((pairs if upright else xp.matrix_transpose(pairs))[..., None, :, :], s, -math.inf)
     return s
 
 
@@ -326,15 +334,20 @@ def _nonzero(total: Array, xp: Namespace) -> Array:
 
 def _values(context: Context, p: Attention, xp: Namespace) -> tuple[Array, Context]:
     """Project the elements to values ``(..., kv_heads, n, value_dim)``."""
-    return _visible(_heads_first(_project(context.elements, p.value, xp), xp), context, xp)
+    values, context = _visible(_project(context.elements, p.value, xp), -2, context, xp)
+    return _heads_first(values, xp), context
 
 
-def _visible(values: Array, context: Context, xp: Namespace) -> tuple[Array, Context]:
-    """Take out, under a ``pair_mask``, what overflowed: it would reach the queries that do not see it."""
+def _visible(values: Array, heads: int, context: Context, xp: Namespace) -> tuple[Array, Context]:
+    """Take out, under a ``pair_mask``, what overflowed: it would reach the queries that do not see it.
+
+    ``heads`` is the axis of the heads, on either side of the one of the elements.
+    """
     if context.pair_mask is None:
         return values, context
-    finite = xp.all(xp.isfinite(values), axis=(-3, -1))
-    return select(values, finite[..., None, :], xp), _mark(context, finite, xp)
+    finite = xp.all(xp.isfinite(values), axis=(heads, -1))
+    mask = finite[..., None] if heads == -2 else finite[..., None, :]
+    return select(values, mask, xp), _mark(context, finite, xp)
 
 
 def _weighted_elements(e: Array, context: Context, xp: Namespace) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from setattn._errors import DTypeError, NamespaceError
-from setattn._namespace import bits_of, device_of, ignore_underflow, namespace_of, native
+from setattn._namespace import bits_of, block_bytes, device_of, ignore_underflow, namespace_of, native
 from setattn._params import map_params
 from setattn._typing import Array, Namespace
 
@@ -18,6 +18,7 @@ class Call(NamedTuple):
     xp: Namespace
     dtype: Any
     device: Any
+    eager: bool
 
 
 def begin(function: str, argument: str, x: Any) -> Call:
@@ -27,7 +28,7 @@ def begin(function: str, argument: str, x: Any) -> Call:
         raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
     if bits_of(x.dtype, xp) not in (16, 32, 64):
         raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
-    return Call(function, xp, native(x.dtype), device_of(x, xp))
+    return Call(function, xp, native(x.dtype), device_of(x, xp), block_bytes(x, xp) is not None)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:

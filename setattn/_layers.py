@@ -25,6 +25,7 @@ class Options(NamedTuple):
     scale: float | None = None
     plan: Plan = Plan()
     half: bool = False
+    eager: bool = True  # whether how an array lies in memory is ours to choose, not a compiler's
 
 
 def options(
@@ -39,7 +40,7 @@ def options(
     check.choice(call.function, "activation", activation, ACTIVATIONS)
     eps = check.number(call, "eps", eps, positive=True)
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
-    return Options(call.xp, activation, eps, scale, check.plan(call, plan), is_half(call))
+    return Options(call.xp, activation, eps, scale, check.plan(call, plan), is_half(call), call.eager)
 
 
 def select(x: Array, mask: Array | None, xp: Namespace) -> Array:

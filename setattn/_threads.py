@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,6 +16,8 @@ _here = threading.local()
 
 def has_threads() -> bool:
     """Say whether the package is there that keeps each product on its own thread."""
+    import importlib.util
+
     return importlib.util.find_spec("threadpoolctl") is not None
 
 
@@ -30,6 +30,8 @@ def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterato
     def work(context: contextvars.Context, item: T) -> U:
         _here.working = True
         return context.run(function, item)  # NumPy keeps its error state in the context
+
+    from concurrent.futures import ThreadPoolExecutor  # which takes its time to be imported
 
     with _products_on_one_thread, ThreadPoolExecutor(min(threads, len(items))) as pool:
         yield from pool.map(work, [contextvars.copy_context() for _ in items], items)

@@ -56,8 +56,11 @@ def dropped() -> contextlib.AbstractContextManager[None]:
     """The last element is forgotten."""
 
     def change(c: Context, xp: Any) -> Context:
-        cut = [None if part is None else part[..., :-1] for part in (c.mask, c.pair_mask, c.bias)]
-        return Context(c.elements[..., :-1, :], *cut)
+        n, one = c.elements.shape[-2], c.elements[..., 0]
+        kept = xp.concat(
+            [xp.ones_like(one[..., : n - 1], dtype=xp.bool), xp.zeros_like(one[..., n - 1 :], dtype=xp.bool)], axis=-1
+        )
+        return c if n == 0 else c._replace(mask=kept if c.mask is None else kept & c.mask)
 
     return _contexts(change)
 

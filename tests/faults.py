@@ -142,6 +142,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_resolution": (0, -1.0, math.nan, math.inf, True, None, "224", (1.0,), [1.0, 2.0], (1.0, 2.0, 0.0), np.ones(3)),
     "concat_position": (0, 1, None, "no"),
     "order": ("paper", None, 1),
+    "plan": ({"block_size": 4}, 4, True, "fast", (None, None, 1), np.ones(2)),
 }
 
 

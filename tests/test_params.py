@@ -101,7 +101,15 @@ def test_pickled_and_copied_bit_for_bit(name):
 
 
 @pytest.mark.parametrize(
-    "kind", [v for v in vars(setattn).values() if inspect.isclass(v) and issubclass(v, tuple)], ids=lambda k: k.__name__
+    "kind",
+    [
+        v
+        for v in vars(setattn).values()
+        if inspect.isclass(v)
+        and issubclass(v, tuple)
+        and v not in (setattn.Plan, setattn.Order)  # which hold no arrays
+    ],
+    ids=lambda k: k.__name__,
 )
 def test_nodes_are_plain_named_tuples(kind):
     assert kind.__mro__ == (kind, tuple, object)
