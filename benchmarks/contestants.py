@@ -12,6 +12,7 @@ import numpy as np
 import setattn
 from benchmarks import attention_pool, flamingo, perceiver, set_transformer
 from benchmarks.problem import Array, Peer, Problem, Row
+from benchmarks.timing import cpu_count
 
 ROWS: list[Row] = [*attention_pool.ROWS, *set_transformer.ROWS, *perceiver.ROWS, *flamingo.ROWS]
 BACKENDS = ("numpy", "torch", "jax")
@@ -20,6 +21,8 @@ TOLERANCE = 3e-5  # largest difference to the float64 result, as a part of its l
 # Further ways to call setattn, each a line of its own in the table: for each backend, a name and the keyword
 # arguments that are added to the call.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {backend: {"": {}} for backend in BACKENDS}
+if cpu_count() > 1:
+    VARIANTS["numpy"][f"{cpu_count()} threads"] = {"plan": setattn.Plan(threads=cpu_count())}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Write the generated tables: ``python docs/make_tables.py``, or with ``--check`` see whether they are up to date.
 
 The table of backends comes from the test matrix in ``tests/backends.py``, so that what is advertised is what is tested,
-and from the record of runs on GPUs.
+and from the record of runs on GPUs; the table of speed and its headline from the last results of the benchmarks.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "gpu-record.md"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "backends.md")
-START, END = "<!-- backends:start -->", "<!-- backends:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+README, BACKENDS, SPEED = ROOT / "README.md", ROOT / "docs" / "backends.md", ROOT / "docs" / "speed.md"
+HEADLINE = ("SigLIP head", "PMA, 1 seed, official form", "PMA, 1 seed, with row-wise ff")
 TITLES = {
     "numpy": "NumPy",
     "cupy": "CuPy",
@@ -75,19 +77,75 @@ def table(backends: dict[str, Any], record: str) -> str:
     return "\n".join(lines)
 
 
-def render(text: str, content: str) -> str:
+def measured() -> tuple[str, dict[str, Any]]:
+    """Return the date and the results of the last run of the benchmarks."""
+    last = max(RESULTS.glob("*.json"))
+    return last.stem, json.loads(last.read_text(encoding="utf-8"))
+
+
+def cell(row: dict[str, Any], backend: str, variant: str) -> str:
+    """Return the ratio to the best peer, and the target where it was missed."""
+    for c in row["contestants"].values():
+        if (c["backend"], c["variant"]) == (backend, variant):
+            ratio, target = c["ratio"]["median"], row["targets"].get(backend)
+            return f"{ratio:.2f}" + (f" (of {target:g})" if target is not None and ratio < target else "")
+    return "-"
+
+
+def speed(date: str, results: dict[str, Any]) -> str:
+    """Return the table of the ratios in Markdown."""
+    variants = {c["variant"] for row in results["rows"] for c in row["contestants"].values() if c["backend"] == "numpy"}
+    columns = [("numpy", v, f"NumPy, {v}" if v else "NumPy") for v in sorted(variants)]
+    columns += [("torch", "", "PyTorch arrays"), ("jax", "", "jax.jit")]
+    rates, versions = results["rates"], ", ".join(f"{n} {results['versions'][n]}" for n in ("numpy", "torch", "jax"))
+    lines = [
+        f"Measured on {date}, in float32: {results['machine']}; {versions}. Products ran at "
+        f"{2e-9 * rates['multiplications']:.0f} Gflop/s, reading at {1e-9 * rates['bytes']:.1f} GB/s.",
+        "",
+        f"| workload | best peer | ms | {' | '.join(t for *_, t in columns)} | floor, ms | floor / NumPy | exp, ms |",
+        "| --- " * (6 + len(columns)) + "|",
+    ]
+    for row in results["rows"]:
+        peer, floor = row["contestants"][row["best_peer"]], row["floor"]
+        best = max(c["of_floor"] for c in row["contestants"].values() if c["backend"] == "numpy")
+        cells = [f"{row['name']}: {row['size']}", row["best_peer"], f"{1e3 * peer['seconds']['median']:.3g}"]
+        cells += [cell(row, backend, variant) for backend, variant, _ in columns]
+        cells += [f"{1e3 * floor['seconds']:.3g}", f"{best:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {1e3 * floor['exponentials'] / rates['exponentials']:.3g} |")
+    return "\n".join(lines)
+
+
+def headline(date: str, results: dict[str, Any]) -> str:
+    """Return the sentence of the README."""
+    rows = {row["name"]: row for row in results["rows"]}
+    found = []
+    for name in HEADLINE:
+        ours = [c for c in rows[name]["contestants"].values() if c["backend"] == "numpy"]
+        found.append(f"{max(c['ratio']['median'] for c in ours):.1f} ({name})")
+    return (
+        "In plain NumPy on a CPU, setattn beat the best of PyTorch's and JAX's forms of a block by a factor of\n"
+        f"{', '.join(found[:-1])} and {found[-1]}: on {date}, by `python -m benchmarks`.\n"
+        "[All workloads](docs/speed.md), those where it is behind included."
+    )
+
+
+def render(text: str, mark: str, content: str) -> str:
     """Return a page with the marked region replaced."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{content}\n{END}{after}"
+    start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def main(check: bool) -> int:
     """Rewrite the pages, or count those that are out of date."""
-    content, stale = table(load_backends(), RECORD.read_text(encoding="utf-8")), 0
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        new = render(text, content)
+    backends, last, stale = table(load_backends(), RECORD.read_text(encoding="utf-8")), measured(), 0
+    parts = {README: {"backends": backends, "speed": headline(*last)}}
+    parts |= {BACKENDS: {"backends": backends}, SPEED: {"benchmarks": speed(*last)}}
+    for page, contents in parts.items():
+        text = new = page.read_text(encoding="utf-8")
+        for mark, content in contents.items():
+            new = render(new, mark, content)
         if new != text:
             stale += 1
             print(f"{page.relative_to(ROOT)}: {'out of date' if check else 'written'}")

@@ -131,7 +131,8 @@ def gated_cross_attention(
     media_locations : array of bool, shape (..., n), optional
         True where a medium stands in the text. Text sees the medium it follows. If not given, all text sees all media.
     immediate : bool, default True
-        Whether text sees only the last medium before it (or at it), or all of them.
+        Whether text sees only the last medium before it (or at it), or all of them. With more places than media, text
+        behind a place without a medium sees nothing, or all media.
     activation : {"squared_relu", "gelu", "gelu_tanh", "relu", "silu"}
         Activation of the feed-forward network. The paper's is the squared ReLU; OpenFlamingo uses ``"gelu"``, and
         Idefics and Llama 3.2 Vision a gate with ``"silu"``.

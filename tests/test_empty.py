@@ -16,6 +16,7 @@ import tolerances
 from backends import BACKENDS, EVERYWHERE
 
 import setattn
+from setattn._order import SCORES, VALUES
 
 MASKABLE = [name for name in cases.NAMES if "mask" in cases.make(name).masks or "pair_mask" in cases.make(name).masks]
 QUERYING = [name for name in cases.NAMES if cases.make(name).queries is not None]
@@ -261,3 +262,41 @@ def test_a_bad_number_reaches_only_the_queries_that_see_it(function, bad):
     rows[0, ..., 0] = True
     assert np.isnan(spoilt[rows]).all()
     np.testing.assert_array_equal(spoilt[~rows], clean[~rows])
+
+
+@pytest.mark.parametrize("order", [setattn.Order(s, v) for s in SCORES for v in VALUES])
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_a_number_that_overflows_reaches_only_the_queries_that_see_it(order, block_size):
+    """Nor does one that is finite, but whose score, value or value after the output projection is not."""
+    rng = np.random.default_rng(0)
+    params = setattn.init_attention(12, 10, num_heads=4, rng=rng)
+    params = setattn.map_params(lambda a: 16 * a, params)
+    query, context = rng.normal(size=(2, 3, 12)).astype(np.float32), rng.normal(size=(2, 7, 10)).astype(np.float32)
+    sees = np.ones((2, 3, 7), dtype=bool)
+    sees[0, 1:, 4] = False
+    plan = setattn.Plan(order=order, block_size=block_size)
+    clean = setattn.attention(query, context, params, pair_mask=sees, plan=plan)
+    context[0, 4] = rng.choice([-3e38, 3e38], 10)
+    with np.errstate(all="ignore"):
+        spoilt = setattn.attention(query, context, params, pair_mask=sees, plan=plan)
+    assert not np.isfinite(spoilt[0, 0]).all()
+    np.testing.assert_array_equal(spoilt[0, 1:], clean[0, 1:])
+    np.testing.assert_array_equal(spoilt[1], clean[1])
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_media_that_overflow_reach_no_text_before_them(immediate):
+    """Text before a medium does not see it, whatever its projections come to."""
+    rng = np.random.default_rng(0)
+    params = setattn.init_gated_cross_attention(12, 10, num_heads=4, rng=rng)
+    params = setattn.map_params(lambda a: 16 * a + 0.5, params)._replace(attention_gate=np.ones(1, np.float32))
+    text, media = rng.normal(size=(6, 12)).astype(np.float32), rng.normal(size=(2, 3, 10)).astype(np.float32)
+    places = np.array([True, False, False, True, False, False])
+    params = params._replace(cross_attention=params.cross_attention._replace(context_norm=()))
+    options = {"media_locations": places, "immediate": immediate}
+    clean = setattn.gated_cross_attention(text, media, params, **options)
+    media[1, 1] = rng.choice([-3e38, 3e38], 10)
+    with np.errstate(all="ignore"):
+        spoilt = setattn.gated_cross_attention(text, media, params, **options)
+    np.testing.assert_array_equal(spoilt[:3], clean[:3])
+    assert not np.isfinite(spoilt[3:]).all()
