@@ -46,7 +46,7 @@ class Context(NamedTuple):
         if queries is None:
             return self
         if queries.axis < 0:
-            return self._replace(pair_mask=queries.of(self.pair_mask, 1))
+            return self._replace(pair_mask=queries.of(self.pair_mask, 1), poisoned=queries.of(self.poisoned))
         if len(self.elements.shape) == 2:
             return self
         return self._replace(
@@ -54,6 +54,7 @@ class Context(NamedTuple):
             mask=queries.of(self.mask),
             pair_mask=queries.of(self.pair_mask),
             bias=queries.of(self.bias),
+            poisoned=queries.of(self.poisoned),
         )
 
 

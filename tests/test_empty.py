@@ -300,3 +300,17 @@ def test_media_that_overflow_reach_no_text_before_them(immediate):
         spoilt = setattn.gated_cross_attention(text, media, params, **options)
     np.testing.assert_array_equal(spoilt[:3], clean[:3])
     assert not np.isfinite(spoilt[3:]).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_reaches_the_same_queries_in_blocks(bad):
+    """A short context is made ready once for all blocks of queries, and each block has its own queries marked."""
+    rng = np.random.default_rng(0)
+    params = setattn.init_attention(12, 10, num_heads=4, rng=rng)
+    query, context = rng.normal(size=(2, 11, 12)).astype(np.float32), rng.normal(size=(2, 3, 10)).astype(np.float32)
+    sees = rng.random((2, 11, 3)) < 0.6
+    context[0, 1, 4] = bad
+    for size in (3, 4, 11):
+        out = setattn.attention(query, context, params, pair_mask=sees, plan=setattn.Plan(block_size=size))
+        np.testing.assert_array_equal(np.isnan(out).all(axis=-1)[0], sees[0, :, 1])
+        assert np.isfinite(out[1]).all()
