@@ -6,21 +6,13 @@ import math
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import (
-    Context,
-    attend,
-    by_queries,
-    head_counts,
-    order_of,
-    queries,
-    ready,
-    softmax_weights,
-    ungroup,
-)
+from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
+from setattn._context import Context, ready
 from setattn._layers import enter, options
 from setattn._params import Attention
+from setattn._state import head_counts, order_of, queries, softmax_weights, ungroup
 from setattn._typing import Array
 
 

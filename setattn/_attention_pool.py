@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend
+from setattn._attend import attend
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
+from setattn._context import Context
 from setattn._layers import linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool
 from setattn._typing import Array

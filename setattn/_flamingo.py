@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend, by_queries
+from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
+from setattn._context import Context
 from setattn._layers import Options, enter, linear, norm, normed_feed_forward, options, residual_feed_forward, select
 from setattn._namespace import creation_device, cumulative_count
 from setattn._params import CrossAttention, FeedForward, GatedCrossAttention, Resampler, is_absent

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import Context, attend, by_queries
+from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate, is_half, widen
+from setattn._context import Context
 from setattn._layers import Options, enter, linear, options, residual_feed_forward
 from setattn._namespace import into
 from setattn._params import CrossAttention, Perceiver, PerceiverIO, SelfAttention

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from setattn import _attend, _layers
-from setattn._attend import Context, State
+from setattn import _layers, _state
+from setattn._context import Context
+from setattn._state import State
 
-_ORIGINAL = {name: getattr(_attend, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
+_ORIGINAL = {name: getattr(_state, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
 _ORIGINAL |= {name: getattr(_layers, name) for name in ("select", "norm")}
 
 

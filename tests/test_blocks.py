@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import setattn
-from setattn import Plan, _attend, _blocks, _layers, _threads
+from setattn import Plan, _attend, _blocks, _layers, _state, _threads
 
 PLANNED = [name for name in cases.NAMES if not name.startswith(("fourier_features", "attention_weights"))]
 every_dtype = pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
@@ -217,7 +217,7 @@ def test_the_products_are_those_that_are_needed(monkeypatch, name, per_element):
     """
     (*_, width), (function, params) = WORKLOADS[name]
     counts = []
-    for module in (_attend, _layers):
+    for module in (_state, _layers):
 
         def count(a, b, xp, matmul=module.matmul):
             out = matmul(a, b, xp)

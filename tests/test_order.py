@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import setattn
-from setattn import Order, Plan, _attend
+from setattn import Order, Plan, _attend, _state
+from setattn._context import Context
 from setattn._layers import Options
 from setattn._order import SCORES, VALUES, Sizes, choose, multiplications
 
@@ -39,7 +40,7 @@ class Counter:
 def count(params, query, context, plan):
     """Count the multiplications of an attention."""
     counter = Counter()
-    _attend.attend(query, [_attend.Context(context)], params, Options(counter, plan=plan))
+    _attend.attend(query, [Context(context)], params, Options(counter, plan=plan))
     return counter.count
 
 
@@ -130,18 +131,18 @@ def test_every_order_is_within_the_bound(name, dtype, order):
 
 FORGET = {
     "of_values": lambda state, order, p, xp: (state, order, p._replace(value=p.value._replace(bias=())), xp),
-    "_attend_at_once": lambda q, context, p, o: (q, context, p._replace(value=p.value._replace(bias=())), o),
+    "attend_at_once": lambda q, context, p, o: (q, context, p._replace(value=p.value._replace(bias=())), o),
     "_scores": lambda q, context, p, o: (q, context, p._replace(query=p.query._replace(bias=())), o),
 }
 
 
 @pytest.mark.parametrize(
-    ("where", "order"), [("of_values", Order(P, W)), ("_attend_at_once", Order(P, O)), ("_scores", Order(K, P))]
+    ("where", "order"), [("of_values", Order(P, W)), ("attend_at_once", Order(P, O)), ("_scores", Order(K, P))]
 )
 def test_an_order_that_forgets_a_bias_is_noticed(monkeypatch, where, order):
     """The bound refuses a form that leaves out a bias which it has to carry as well."""
     case, value, bound = cases.expected("attention", "float32")
-    original = getattr(_attend, where)
-    monkeypatch.setattr(_attend, where, lambda *arguments: original(*FORGET[where](*arguments)))
+    original, module = getattr(_state, where), _attend if hasattr(_attend, where) else _state
+    monkeypatch.setattr(module, where, lambda *arguments: original(*FORGET[where](*arguments)))
     with pytest.raises(AssertionError):
         tolerances.assert_close(case.numpy("float32", plan=Plan(order)), value, bound, "a forgotten bias")

@@ -24,7 +24,8 @@ from strategies import Drawn, agree, blocks, for_all, rejects, same, seeds, valu
 from tolerances import product
 
 import setattn
-from setattn import LayerNorm, Linear, RMSNorm, _attend
+from setattn import LayerNorm, Linear, RMSNorm, _state
+from setattn._context import Context, ready
 from setattn._layers import Options, norm
 from setattn._namespace import namespace_of
 from setattn._params import is_absent
@@ -624,24 +625,24 @@ class Parts:
     def order(self) -> setattn.Order:
         """The order of products that the whole set gets, but for the one that makes no states."""
         query, y = (self.whole or self.case).arrays
-        return _attend.order_of(query, _attend.Context(y), self.case.params, self.o)
+        return _state.order_of(query, Context(y), self.case.params, self.o)
 
-    def states(self) -> list[_attend.State]:
+    def states(self) -> list[_state.State]:
         """The states of all parts."""
         query, y = self.case.arrays
         edges = [0, *self.cuts, self.case.size]
-        q = _attend.queries(query, _attend.Context(y), self.case.params, self.order, self.o)
+        q = _state.queries(query, Context(y), self.case.params, self.order, self.o)
         made = []
         for start, stop in itertools.pairwise(edges):
             masks = [None if m is None else m[..., start:stop] for m in map(self.case.masks.get, ("mask", "pair_mask"))]
-            context = _attend.ready(_attend.Context(y[..., start:stop, :], *masks), self.o)
-            made.append(_attend.make_state(q, context, self.case.params, self.o))
+            context = ready(Context(y[..., start:stop, :], *masks), self.o)
+            made.append(_state.make_state(q, context, self.case.params, self.o))
         return made
 
-    def merge(self, a: _attend.State, b: _attend.State) -> _attend.State:
-        return _attend.merge_states(a, b, self.o.xp)
+    def merge(self, a: _state.State, b: _state.State) -> _state.State:
+        return _state.merge_states(a, b, self.o.xp)
 
-    def empty(self) -> _attend.State:
+    def empty(self) -> _state.State:
         return replace(
             self,
             case=self.case.with_elements(self.case.arrays[1][..., :0, :]).with_masks(
@@ -651,10 +652,10 @@ class Parts:
             whole=self.whole or self.case,
         ).states()[0]
 
-    def result(self, state: _attend.State) -> np.ndarray:
-        state = _attend.of_values(state, self.order, self.case.params, self.o.xp)
-        out = _attend.finish(state, self.o.xp)
-        return _attend._output(out, self.case.arrays[0], self.case.params, self.o.xp)
+    def result(self, state: _state.State) -> np.ndarray:
+        state = _state.of_values(state, self.order, self.case.params, self.o.xp)
+        out = _state.finish(state, self.o.xp)
+        return _state.output(out, self.case.arrays[0], self.case.params, self.o.xp)
 
     def bound(self, merges: int) -> np.ndarray:
         case = self.case
@@ -670,7 +671,7 @@ def parts(draw: st.DrawFn, cuts: int = 2, **kwargs: Any) -> Parts:
     return Parts(case, tuple(sorted(places)))
 
 
-def same_state(a: _attend.State, b: _attend.State) -> None:
+def same_state(a: _state.State, b: _state.State) -> None:
     for x, y in zip(a, b, strict=True):
         same(x, y)
 

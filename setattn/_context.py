@@ -1,0 +1,86 @@
+"""What is attended to: elements, which of them take part, and what is done to each of them first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from setattn._blocks import Block
+from setattn._call import widen
+from setattn._layers import AnyNorm, Options, enter, norm, select
+from setattn._params import is_absent
+from setattn._typing import Array, Namespace
+
+
+class Context(NamedTuple):
+    """Elements to attend to and which of them take part; what is done to each of them first: a network, a norm."""
+
+    elements: Array  # (..., n, dim)
+    mask: Array | None = None  # (..., n)
+    pair_mask: Array | None = None  # (..., m, n)
+    bias: Array | None = None  # (..., n), added to the scores
+    prepare: Callable[[Array], Array] | None = None
+    norm: AnyNorm = ()
+    poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
+
+    def part(self, elements: slice) -> Context:
+        """Take some of the elements."""
+        return self._replace(
+            elements=self.elements[..., elements, :],
+            mask=None if self.mask is None else self.mask[..., elements],
+            pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
+            bias=None if self.bias is None else self.bias[..., elements],
+        )
+
+    def seen_by(self, queries: Block | None) -> Context:
+        """Take what a block of the queries may attend to: rows of queries, all elements; sets, their own."""
+        if queries is None:
+            return self
+        if queries.axis < 0:
+            return self._replace(pair_mask=queries.of(self.pair_mask, 1), poisoned=queries.of(self.poisoned))
+        if len(self.elements.shape) == 2:
+            return self
+        return self._replace(
+            elements=queries.of(self.elements),
+            mask=queries.of(self.mask),
+            pair_mask=queries.of(self.pair_mask),
+            bias=queries.of(self.bias),
+            poisoned=queries.of(self.poisoned),
+        )
+
+
+def ready(context: Context, o: Options) -> Context:
+    """Take elements in: select what takes part, widen it, do to it what is to be done first.
+
+    An element that no query attends to is put to zeros, whatever its values are. One that is not finite would reach,
+    as 0 * NaN, the queries of its set that do not see it: under a ``pair_mask`` it is taken out as well, and the
+    queries that see it are marked.
+    """
+    elements = enter(context.elements, context.mask, o)
+    bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
+    first, then = context.prepare, context.norm
+    context = context._replace(elements=elements, bias=bias, prepare=None, norm=())
+    if context.pair_mask is not None:
+        context = _hide(context, o.xp)
+    if first is not None:
+        context = context._replace(elements=first(context.elements))
+    if not is_absent(then):
+        context = context._replace(elements=norm(context.elements, then, o))
+    if context.pair_mask is not None and not (first is None and is_absent(then)):
+        context = _hide(context, o.xp)
+    return context
+
+
+def _hide(context: Context, xp: Namespace) -> Context:
+    """Take out the elements that are seen by no query or not finite, and mark the queries that see one of these."""
+    finite = xp.all(xp.isfinite(context.elements), axis=-1)
+    seen = xp.logical_and(finite, xp.any(context.pair_mask, axis=-2))
+    return mark(context._replace(elements=select(context.elements, seen, xp)), finite, xp)
+
+
+def mark(context: Context, finite: Array, xp: Namespace) -> Context:
+    """Mark the queries that see an element that is not finite."""
+    poisoned = xp.any(xp.logical_and(context.pair_mask, xp.logical_not(finite)[..., None, :]), axis=-1)
+    if context.poisoned is not None:
+        poisoned = xp.logical_or(poisoned, context.poisoned)
+    return context._replace(poisoned=poisoned)

@@ -1,0 +1,312 @@
+"""The state of a softmax-weighted sum, and the products that it is made of.
+
+``softmax(s) @ v`` over a set is determined by three numbers for each query that two parts of the set can be merged in:
+the largest score, the sum of the exponentials and the weighted sum of the values. A *state* holds them. Attention is
+:func:`make_state`, :func:`merge_states`, :func:`finish`, whether the set is in one piece or in many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from setattn._context import Context, mark
+from setattn._layers import Options, linear, norm, select
+from setattn._namespace import exp_into, into, like_rows, matmul
+from setattn._order import Order, Sizes, choose
+from setattn._params import Attention, Linear, is_absent
+from setattn._typing import Array, Namespace
+
+
+class Queries(NamedTuple):
+    """Queries as an order of products wants them."""
+
+    array: Array  # (..., kv_heads, rows, width), or (..., m, dim) where the keys are carried to them
+    order: Order
+    shift: Array | None = None  # (..., kv_heads, rows, 1), what the bias of the keys adds to carried queries' scores
+    scale: float = 1.0  # left to be multiplied with the keys, which are fewer
+
+
+class State(NamedTuple):
+    """The mergeable result of attending to part of a set; all that an empty part holds is ``-inf, 0, 0``."""
+
+    largest: Array  # (..., kv_heads, rows, 1), the largest score
+    total: Array  # (..., kv_heads, rows, 1), the sum of exp(score - largest)
+    weighted: Array  # (..., kv_heads, rows, width), the sum of exp(score - largest) * value; or element: of_values
+
+
+# --- the three functions of a state ---------------------------------------------------------------------------------
+
+
+def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
+    """Attend from queries to a part of a set that is ready."""
+    xp = o.xp
+    s = _scores(q, context, p, o)
+    largest = _largest(s, xp)
+    e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
+    total = xp.sum(e, axis=-1, keepdims=True)
+    if q.order.values == "carry_weights":
+        weighted = _weighted_elements(e, context, xp)
+    else:
+        values, context = _values(context, p, xp)
+        weighted = matmul(e, values, xp)
+    return State(largest, total, _poisoned(weighted, context, xp))
+
+
+def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
+    """Project the sums of elements, where the weights were carried to these, to sums of values."""
+    if order.values != "carry_weights":
+        return state
+    weighted = matmul(state.weighted, xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
+    return state._replace(
+        weighted=weighted if is_absent(p.value.bias) else weighted + state.total * p.value.bias[:, None, :]
+    )
+
+
+def merge_states(a: State, b: State, xp: Namespace) -> State:
+    """Merge the states of two parts of a set, in either order."""
+    largest = xp.where(a.largest > b.largest, a.largest, b.largest)
+    shift = _finite(largest, xp)
+    wa, wb = xp.exp(a.largest - shift), xp.exp(b.largest - shift)
+    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
+
+
+def finish(state: State, xp: Namespace) -> Array:
+    """Return the weighted mean of the values; over nothing it is 0."""
+    return state.weighted / _nonzero(state.total, xp)
+
+
+# --- all elements at once -------------------------------------------------------------------------------------------
+
+
+def softmax_weights(q: Queries, context: Context, p: Attention, o: Options) -> Array:
+    """Compute the softmax weights ``(..., kv_heads, rows, n)`` of a context that is ready."""
+    xp = o.xp
+    s = _scores(q, context, p, o)
+    e = exp_into(into("subtract", s, _finite(_largest(s, xp), xp), xp), xp)
+    return into("divide", e, _nonzero(xp.sum(e, axis=-1, keepdims=True), xp), xp)
+
+
+def attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> Array:
+    """Attend to a context that is ready with the output projection carried to the values, by one product for all heads.
+
+    The heads are added up in that product, so their weights have to be finished before it.
+    """
+    xp, output = o.xp, p.output
+    assert isinstance(output, Linear)
+    w = softmax_weights(q, context, p, o)
+    values, context = _values(context, p, xp)
+    *batch, heads, m, n = w.shape
+    carried, context = _visible(matmul(values, output.weight, xp), -3, context, xp)
+    carried = xp.reshape(carried, (*carried.shape[:-3], heads * n, carried.shape[-1]))
+    # (..., heads, n, m) is how the weights lie in memory where the queries are many.
+    w = xp.matrix_transpose(xp.reshape(xp.matrix_transpose(w), (*batch, heads * n, m)))
+    out = matmul(w, carried, xp)
+    if context.poisoned is not None:
+        out = xp.where(context.poisoned[..., None], math.nan, out)
+    return out if is_absent(output.bias) else into("add", out, output.bias, xp)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def order_of(query: Array, context: Context, p: Attention, o: Options, *, whole: bool = False) -> Order:
+    """Choose the order of products for the sizes at hand."""
+    heads, kv_heads = head_counts(query, p)
+    sizes = Sizes(
+        queries=query.shape[-2],
+        elements=context.elements.shape[-2],
+        dim=p.key.weight.shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=p.key.weight.shape[-1],
+        value_dim=p.value.weight.shape[-1],
+        dim_query=query.shape[-1] if isinstance(p.query, Linear) else None,
+        dim_out=p.output.weight.shape[-1] if isinstance(p.output, Linear) else None,
+    )
+    head_norms = not is_absent(p.query_norm), not is_absent(p.key_norm)
+    return choose(sizes, o.plan.order, whole=whole, head_norms=head_norms)
+
+
+def queries(query: Array, context: Context, p: Attention, order: Order, o: Options) -> Queries:
+    """Bring queries ``(..., m, dim)`` into the form that an order of products wants."""
+    scale = 1.0 / math.sqrt(p.key.weight.shape[-1]) if o.scale is None else o.scale
+    if order.scores == "carry_keys":
+        return Queries(query, order, scale=scale)
+    q = _projected_queries(query, p, o)
+    if order.scores == "project" and o.eager and query.shape[-2] > context.elements.shape[-2]:
+        return Queries(q, order, scale=scale)
+    q = q * scale
+    if order.scores == "project":
+        return Queries(q, order)
+    carried = matmul(q, o.xp.permute_dims(p.key.weight, (1, 2, 0)), o.xp)
+    shift = None if is_absent(p.key.bias) else matmul(q, p.key.bias[..., None], o.xp)
+    return Queries(carried, order, shift)
+
+
+def _scores(q: Queries, context: Context, p: Attention, o: Options) -> Array:
+    """Compute the scores ``(..., kv_heads, rows, n)``, ``-inf`` where an element does not take part.
+
+    In memory, the longer one of the last two axes is the last. What is masked is masked in that order, so that the
+    sums that follow add up in the same one, with a mask of any kind and without.
+    """
+    s, upright = _products(q, context, p, o)
+    s = _masked(s, context, upright, o.xp)
+    return s if upright else o.xp.matrix_transpose(s)
+
+
+def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[Array, bool]:
+    """Multiply queries and elements: to ``(..., kv_heads, rows, n)`` or, not upright, ``(..., kv_heads, n, rows)``."""
+    xp = o.xp
+    if q.order.scores == "carry_queries":  # the queries of all heads by one product
+        *batch, kv_heads, rows, dim = q.array.shape
+        carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
+        s = _split_heads(matmul(carried, xp.matrix_transpose(context.elements), xp), kv_heads, xp)
+        return (s if q.shift is None else into("add", s, q.shift, xp)), True
+    k = _heads_first(norm(_project(context.elements, p.key, xp), p.key_norm, o), xp)
+    k = k if q.scale == 1.0 else k * q.scale
+    if q.order.scores == "project":
+        if o.eager and q.array.shape[-2] > k.shape[-2]:
+            return matmul(k, xp.matrix_transpose(q.array), xp), False
+        return matmul(q.array, xp.matrix_transpose(k), xp), True
+    assert isinstance(p.query, Linear)
+    *batch, heads, n, _ = k.shape
+    carried = matmul(k, xp.permute_dims(p.query.weight, (1, 2, 0)), xp)  # (..., heads, n, dim)
+    carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
+    s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)
+    return (s if is_absent(p.query.bias) else into("add", s, matmul(k, p.query.bias[..., None], xp), xp)), False
+
+
+def _masked(s: Array, context: Context, upright: bool, xp: Namespace) -> Array:
+    """Add the bias to scores, and put ``-inf`` where an element does not take part."""
+
+    def along_elements(a: Array) -> Array:
+        return a[..., None, None, :] if upright else a[..., None, :, None]
+
+    if context.bias is not None:
+        s = into("add", s, along_elements(context.bias), xp)
+    if context.mask is not None:
+        s = xp.where(along_elements(context.mask), s, -math.inf)
+    if context.pair_mask is not None:
+        m = context.pair_mask.shape[-2]
+        groups = s.shape[-2 if upright else -1] // m if m else 1
+        pairs = xp.concat([context.pair_mask] * groups, axis=-2)
+        s = xp.where((pairs if upright else xp.matrix_transpose(pairs))[..., None, :, :], s, -math.inf)
+    return s
+
+
+def _largest(s: Array, xp: Namespace) -> Array:
+    """Return the largest score of each query; of no scores it is ``-inf``."""
+    if s.shape[-1] == 0:
+        return xp.sum(s, axis=-1, keepdims=True) - math.inf
+    return xp.max(s, axis=-1, keepdims=True)
+
+
+def _finite(largest: Array, xp: Namespace) -> Array:
+    return xp.where(xp.isfinite(largest), largest, 0.0)  # -inf - -inf would be NaN
+
+
+def _nonzero(total: Array, xp: Namespace) -> Array:
+    return xp.where(total == 0, 1.0, total)
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def _values(context: Context, p: Attention, xp: Namespace) -> tuple[Array, Context]:
+    """Project the elements to values ``(..., kv_heads, n, value_dim)``."""
+    values, context = _visible(_project(context.elements, p.value, xp), -2, context, xp)
+    return _heads_first(values, xp), context
+
+
+def _visible(values: Array, heads: int, context: Context, xp: Namespace) -> tuple[Array, Context]:
+    """Take out, under a ``pair_mask``, what overflowed: it would reach the queries that do not see it.
+
+    ``heads`` is the axis of the heads, on either side of the one of the elements.
+    """
+    if context.pair_mask is None:
+        return values, context
+    finite = xp.all(xp.isfinite(values), axis=(heads, -1))
+    mask = finite[..., None] if heads == -2 else finite[..., None, :]
+    return select(values, mask, xp), mark(context, finite, xp)
+
+
+def _weighted_elements(e: Array, context: Context, xp: Namespace) -> Array:
+    """Sum the elements by their exponentials, by one product for all heads."""
+    *batch, kv_heads, rows, n = e.shape
+    return _split_heads(matmul(xp.reshape(e, (*batch, kv_heads * rows, n)), context.elements, xp), kv_heads, xp)
+
+
+def _poisoned(weighted: Array, context: Context, xp: Namespace) -> Array:
+    """Make the rows NaN of the queries that see an element that is not finite."""
+    if context.poisoned is None:
+        return weighted
+    m = context.poisoned.shape[-1]
+    rows = xp.concat([context.poisoned] * (weighted.shape[-2] // m if m else 1), axis=-1)
+    return xp.where(rows[..., None, :, None], math.nan, weighted)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+def head_counts(query: Array, p: Attention) -> tuple[int, int]:
+    """Return the number of query heads and of key/value heads."""
+    _, kv_heads, head_dim = p.key.weight.shape
+    return (p.query.weight.shape[1] if isinstance(p.query, Linear) else query.shape[-1] // head_dim), kv_heads
+
+
+def _projected_queries(query: Array, p: Attention, o: Options) -> Array:
+    """Project and normalise the queries, and lay each group of heads that shares keys along the query axis."""
+    xp, (heads, kv_heads) = o.xp, head_counts(query, p)
+    m, head_dim = query.shape[-2], p.key.weight.shape[-1]
+    if isinstance(p.query, Linear):
+        q = _project(query, p.query, xp)
+    else:
+        q = xp.reshape(query, (*query.shape[:-1], heads, head_dim))
+    q = _heads_first(norm(q, p.query_norm, o), xp)  # (..., heads, m, head_dim)
+    if heads == kv_heads:
+        return q
+    batch, groups = q.shape[:-3], heads // kv_heads
+    # In two steps: Dask splits an axis, and merges two, but not both at once.
+    q = xp.reshape(q, (*batch, kv_heads, groups, m, head_dim))
+    return xp.reshape(q, (*batch, kv_heads, groups * m, head_dim))
+
+
+def _project(x: Array, p: Linear, xp: Namespace) -> Array:
+    """Map the last axis to heads: ``(..., n, dim)`` to ``(..., n, heads, head_dim)``."""
+    dim, heads, head_dim = p.weight.shape
+    y = matmul(x, xp.reshape(p.weight, (dim, heads * head_dim)), xp)
+    y = xp.reshape(y, (*x.shape[:-1], heads, head_dim))
+    return y if is_absent(p.bias) else into("add", y, p.bias, xp)
+
+
+def _heads_first(t: Array, xp: Namespace) -> Array:
+    """Swap the axes of ``(..., a, b, d)`` before the last."""
+    batch = len(t.shape) - 3
+    return xp.permute_dims(t, (*range(batch), batch + 1, batch, batch + 2))
+
+
+def _split_heads(t: Array, heads: int, xp: Namespace) -> Array:
+    """Turn ``(..., heads * rows, d)`` into ``(..., heads, rows, d)``."""
+    *batch, rows, d = t.shape
+    return xp.reshape(t, (*batch, heads, rows // heads, d))
+
+
+def ungroup(t: Array, heads: int, m: int, xp: Namespace) -> Array:
+    """Turn ``(..., kv_heads, groups * m, d)`` into ``(..., heads, m, d)``."""
+    *batch, kv_heads, _, d = t.shape
+    if heads == kv_heads:
+        return t
+    return xp.reshape(xp.reshape(t, (*batch, kv_heads, heads // kv_heads, m, d)), (*batch, heads, m, d))
+
+
+def output(t: Array, query: Array, p: Attention, xp: Namespace) -> Array:
+    """Lay the heads ``(..., kv_heads, groups * m, value_dim)`` side by side again and project them."""
+    m, (heads, _) = query.shape[-2], head_counts(query, p)
+    batch, value_dim = t.shape[:-3], t.shape[-1]
+    t = xp.reshape(_heads_first(ungroup(t, heads, m, xp), xp), (*batch, m, heads * value_dim))
+    t = like_rows(t, query, xp)
+    if not isinstance(p.output, Linear):
+        return t
+    weight = xp.reshape(p.output.weight, (heads * value_dim, p.output.weight.shape[-1]))
+    return linear(t, Linear(weight, p.output.bias), xp)
