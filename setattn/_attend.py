@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
 from setattn._context import Context, ready
 from setattn._layers import AnyNorm, Options, folded, norm
-from setattn._params import Attention
+from setattn._params import Attention, Linear
 from setattn._state import (
     State,
     attend_at_once,
@@ -78,6 +78,9 @@ def _numbers_per_element(query: Array, context: Context, p: Attention) -> int:
     return numbers
 
 
+_SHORT = 256  # elements that the queries of a block meet at a time, if there are more
+
+
 def by_queries(
     function: Callable[[Array, Context, Block | None], Array], x: Array, y: Context, p: Attention, o: Options
 ) -> Array:
@@ -86,15 +89,15 @@ def by_queries(
     A context of one block is made ready once, for all blocks of rows. Of a longer one, each block of rows meets a block
     at a time, and more of them at once, as each of them makes every block of the context ready anew.
     """
-    (heads, _), (m, width), n = head_counts(x, p), x.shape[-2:], y.elements.shape[-2]
+    # Before its projection to heads, which may come in ``function``, x says nothing of their number.
+    kv_heads, head_dim = p.key.weight.shape[1:]
+    heads = p.query.weight.shape[1] if isinstance(p.query, Linear) else kv_heads
+    m, width, n = x.shape[-2], max(x.shape[-1], heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
     size = rows_in_a_block(o.plan, x, numbers, o.xp)
     if size is not None and n <= size < m and n <= _SHORT:
         y = ready(y, o)
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)
-
-
-_SHORT = 256
 
 
 def _parts(query: Array, context: Context, p: Attention, o: Options) -> list[slice] | None:

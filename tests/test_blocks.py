@@ -136,8 +136,8 @@ def pma(seeds, *, ff):
     return setattn.pma, params._replace(ff=setattn.FeedForward(setattn.init_linear(256, 256, rng=0)) if ff else ())
 
 
-def isab(inducing, dim=128, heads=4, form="post_norm"):
-    params = setattn.init_isab(dim, num_inducing=inducing, num_heads=heads, form=form, norm="layer", rng=0)
+def isab(inducing, dim=128, heads=4, form="post_norm", **sizes):
+    params = setattn.init_isab(dim, num_inducing=inducing, num_heads=heads, form=form, norm="layer", rng=0, **sizes)
     return setattn.isab, params
 
 
@@ -151,6 +151,7 @@ WORKLOADS = {
     "pma with row-wise ff": ((100_000, 256), pma(4, ff=True)),
     "isab": ((100_000, 128), isab(32)),
     "isab, authors' form": ((100_000, 128), isab(16, form="official")),
+    "isab of points, authors' form": ((100_000, 2), isab(16, form="official", dim_x=2)),
     "isab, wide": ((20_000, 256), isab(32, 256, 8)),
     "isab, TabICL's": ((100_000, 128), isab(128, heads=8, form="pre_norm")),
     "perceiver": ((50_176, 261), (imagenet, setattn.init_cross_attention(1024, 261, num_heads=1, rng=0))),
