@@ -176,11 +176,11 @@ def plan(call: Call, value: Any) -> Plan:
     if value is None:
         return Plan()
     if not isinstance(value, Plan):
-        raise OptionError(call.function, "plan", f"a {type(value).__qualname__}", "a setattn.Plan")
+        raise OptionError(call.function, "plan", repr(value), "a setattn.Plan")
     order, size, threads = value
     if order is not None:
         if not isinstance(order, Order):
-            raise OptionError(call.function, "plan.order", f"a {type(order).__qualname__}", "a setattn.Order")
+            raise OptionError(call.function, "plan.order", repr(order), "a setattn.Order")
         choice(call.function, "plan.order.scores", order.scores, SCORES)
         choice(call.function, "plan.order.values", order.values, VALUES)
     if size is not None:
@@ -189,7 +189,7 @@ def plan(call: Call, value: Any) -> Plan:
     if has_own_threads(call.xp):
         return value._replace(threads=1)
     if threads > 1 and not has_threads():
-        raise OptionError(call.function, "plan.threads", threads, "1, as the package threadpoolctl is not installed")
+        raise OptionError(call.function, "plan.threads", repr(threads), "1, as the package threadpoolctl is not installed")
     return value
 
 

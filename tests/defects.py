@@ -72,7 +72,8 @@ def finite_fill(score: float = -20.0) -> contextlib.AbstractContextManager[None]
     def change(c: Context, xp: Any) -> Context:
         if c.mask is None:
             return c
-        low = xp.where(c.mask, 0.0, score) + 0.0 * c.elements[..., 0]
+        zero = 0.0 * c.elements[..., 0]
+        low = xp.where(c.mask, zero, zero + score)
         return c._replace(mask=None, bias=low if c.bias is None else c.bias + low)
 
     return _contexts(change)

@@ -118,7 +118,9 @@ def test_permuting_the_queries_permutes_the_result(name):
 def test_a_softmax_over_the_queries_keeps_their_symmetry():
     """Permuting queries cannot find a softmax over the wrong axis: the properties of weights and values have to."""
     with defects.over_the_queries():
-        for_all(permuting_the_queries, domain("attention_weights", only=(), scales=(None,)), seeds, share=0.1)
+        # Of ordinary scores: a column of weights that all but vanish is divided by its sum, and so are its errors.
+        ordinary = domain("attention_weights", only=(), scales=(None,), ladders=("normal",))
+        for_all(permuting_the_queries, ordinary, seeds, share=0.1)
 
 
 def permuting_a_batch(case: Drawn, seed: int) -> None:
