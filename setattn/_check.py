@@ -189,7 +189,8 @@ def plan(call: Call, value: Any) -> Plan:
     if has_own_threads(call.xp):
         return value._replace(threads=1)
     if threads > 1 and not has_threads():
-        raise OptionError(call.function, "plan.threads", repr(threads), "1, as the package threadpoolctl is not installed")
+        wanted = "1, as the package threadpoolctl is not installed"
+        raise OptionError(call.function, "plan.threads", repr(threads), wanted)
     return value
 
 
