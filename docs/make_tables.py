@@ -124,8 +124,8 @@ def headline(date: str, results: dict[str, Any]) -> str:
         found.append(f"{max(c['ratio']['median'] for c in ours):.1f} ({name})")
     return (
         "In plain NumPy on a CPU, setattn beat the best of PyTorch's and JAX's forms of a block by a factor of\n"
-        f"{', '.join(found[:-1])} and {found[-1]}: on {date}, by `python -m benchmarks`.\n"
-        "[All workloads](docs/speed.md), those where it is behind included."
+        f"{', '.join(found[:-1])} and {found[-1]}:\n"
+        f"on {date}, by `python -m benchmarks`. [All workloads](docs/speed.md), those where it is behind included."
     )
 
 
