@@ -30,8 +30,8 @@ class Plan(NamedTuple):
         unless a size is given here.
     threads : int, default 1
         How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
-        each; needs the package threadpoolctl. The result does not depend on it. Other libraries have threads of their
-        own and ignore it.
+        each; needs the package threadpoolctl. The result is the same for any number above 1. Other libraries have
+        threads of their own and ignore it.
     """
 
     order: Order | None = None
