@@ -244,4 +244,3 @@ def write(path: Path) -> None:
     for layout, record in RECORDS.items():
         records[layout] = record | {name: float(f"{record[name]:.2g}") for name in ("float64", "float32")}
     path.write_text(json.dumps(dict(sorted(records.items())), indent=2) + "\n", encoding="utf-8")
-

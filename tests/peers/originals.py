@@ -44,7 +44,7 @@ def found(
         if package not in sys.modules:
             spec = importlib.util.find_spec(package)
             if spec is None or spec.submodule_search_locations is None:
-                raise ModuleNotFoundError(f"{package} is not installed; see tests/peers/requirements-no-deps.txt")
+                raise ModuleNotFoundError(f"{package} is not installed; see CONTRIBUTING.md")
             empty = types.ModuleType(package)
             empty.__path__, empty.__spec__ = list(spec.submodule_search_locations), spec
             sys.modules[package] = empty
@@ -74,7 +74,7 @@ def pyg(name: str) -> Any:
 
 
 def dgl(name: str) -> Any:
-    """A class of ``dgl.nn.pytorch.glob``; the graph library itself, built for older versions of PyTorch, is left out."""
+    """A class of ``dgl.nn.pytorch.glob``; the rest, built for older versions of PyTorch, is left out."""
     import torch
 
     class DGLError(Exception):
@@ -91,9 +91,7 @@ def dgl(name: str) -> Any:
     def pack_padded_tensor(x: Any, lengths: Any) -> Any:
         return torch.cat([rows[: int(n)] for rows, n in zip(x, lengths, strict=True)])
 
-    nothing = dict.fromkeys(
-        "broadcast_nodes max_nodes mean_nodes softmax_nodes sum_nodes topk_nodes".split()
-    )
+    readouts = ("broadcast_nodes", "max_nodes", "mean_nodes", "softmax_nodes", "sum_nodes", "topk_nodes")
     return found(
         "dgl.nn.pytorch.glob",
         name,
@@ -105,7 +103,7 @@ def dgl(name: str) -> Any:
                 )
             },
             "dgl.base": {"dgl_warning": lambda *_, **__: None, "DGLError": DGLError},
-            "dgl.readout": nothing,
+            "dgl.readout": dict.fromkeys(readouts),
         },
     )
 
@@ -117,7 +115,9 @@ def isab_pytorch() -> Any:
 
 def tabicl(name: str) -> Any:
     """A class of ``tabicl._model.layers``, without the estimators and their scikit-learn."""
-    return found(f"tabicl._model.{'encoders' if name == 'SetTransformer' else 'layers'}", name, ("tabicl", "tabicl._model"))
+    return found(
+        f"tabicl._model.{'encoders' if name == 'SetTransformer' else 'layers'}", name, ("tabicl", "tabicl._model")
+    )
 
 
 def tabpfn(name: str, version: str = "v3") -> Any:
