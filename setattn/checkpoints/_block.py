@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from setattn._params import PerceiverIO, count_params
 from setattn._typing import Array
 
 
-@dataclass(frozen=True, eq=False)
 class Block:
     """A function of the library with the parameters and options that it is called with.
 
@@ -29,10 +28,13 @@ class Block:
         The layout that the parameters came from; nothing where they came from none.
     """
 
-    function: str
-    params: Any
-    options: dict[str, Any] = field(default_factory=dict)
-    layout: str = ""
+    __slots__ = ("function", "layout", "options", "params")
+
+    def __init__(self, function: str, params: Any, options: Mapping[str, Any] | None = None, layout: str = "") -> None:
+        self.function = function
+        self.params = params
+        self.options = dict(options or {})
+        self.layout = layout
 
     def __call__(self, *arrays: Array | None, **options: Any) -> Array:
         """Call the function."""

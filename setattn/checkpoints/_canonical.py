@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,6 +74,8 @@ def save(path: str | os.PathLike[str], block: Block) -> None:
     ...     setattn.load(path)
     <setattn.Block isab, eps=1e-06: 808 parameters>
     """
+    import json
+
     if not isinstance(block, Block):
         raise ParameterError("save", "block", f"a {type(block).__qualname__}", "a setattn.Block")
     kind = _FUNCTIONS.get(block.function)
@@ -124,6 +125,8 @@ def is_canonical(source: Source) -> bool:
 
 def load_canonical(source: Source, read: Callable[[str], Array], prefix: str, options: Mapping[str, Any]) -> Block:
     """Load what :func:`save` wrote."""
+
+    import json
 
     def broken(wanted: str) -> CheckpointError:
         return CheckpointError("load", "source", source.name, wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -77,6 +76,8 @@ def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """List names, those that differ in one number alone as one: ``layers.{0..5}.weight``."""
+    import re
+
     pending = dict.fromkeys(names)
     lines = []
     while pending:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from setattn._errors import CheckpointError
 from setattn._namespace import namespace_of, native
 from setattn._typing import Array, Shape
-from setattn.checkpoints._npz import NpzFile
 from setattn.checkpoints._safetensors import SafetensorsFile
 
 
@@ -90,5 +89,7 @@ def open_source(source: Any) -> Source:
         )
         raise CheckpointError("load", "source", f"the pickled file {path.name!r}", wanted)
     if start == b"PK" or suffix == ".npz":
+        from setattn.checkpoints._npz import NpzFile
+
         return NpzFile(path)
     return SafetensorsFile(path)
