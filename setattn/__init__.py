@@ -54,7 +54,8 @@ from setattn._params import (
     count_params,
     map_params,
 )
-from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
+from setattn._perceiver import cross_attention, latent_transformer, perceiver, perceiver_io
+from setattn._positions import fourier_features
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
 
 __version__ = "0.1.0"

@@ -286,7 +286,7 @@ LAYERS = [
     {"_namespace"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
-    {"_structure", "_layers", "_init/_draw"},
+    {"_structure", "_positions", "_layers", "_init/_draw"},
     {"_context", "_init/_layers"},
     {"_state"},
     {"_attend"},
