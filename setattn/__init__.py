@@ -43,8 +43,10 @@ from setattn._params import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -54,7 +56,8 @@ from setattn._params import (
     count_params,
     map_params,
 )
-from setattn._perceiver import cross_attention, latent_transformer, perceiver, perceiver_io
+from setattn._perceiver import perceiver, perceiver_io
+from setattn._perceiver_layers import cross_attention, latent_transformer
 from setattn._positions import fourier_features
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
 
@@ -71,9 +74,11 @@ __all__ = [
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
+    "InputEmbedding",
     "LayerNorm",
     "Linear",
     "MaskError",
+    "MeanHead",
     "NamespaceError",
     "OptionError",
     "Order",
