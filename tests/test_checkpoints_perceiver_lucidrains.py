@@ -188,7 +188,7 @@ BROKEN = [
     ({"positions": (3,)}, "unexpected positions"),
     (
         {"layers.0.cross_attn.fn.to_kv.weight": (10, INPUTS)},
-        "layers.0.cross_attn.fn.to_kv.weight of shape (2 * 2 * 3 (cross_head_dim of layers.0.cross_attn.fn.to_q.weight)",
+        "layers.0.cross_attn.fn.to_kv.weight of shape (2 * 2 * 3 (cross_head_dim of layers.0.cross_attn.fn.to_q.weight",
     ),
     ({"to_logits.2.weight": (CLASSES, 3)}, "to_logits.2.weight of shape (classes, 6 (dim of latents)), not (4, 3)"),
     ({"attn_residuals.0.to_attn_logits.0.weight": (DIM,)}, "no attention over the outputs of earlier layers"),
