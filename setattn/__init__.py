@@ -8,6 +8,7 @@ from setattn._blocks import Plan
 from setattn._convert import convert_params
 from setattn._errors import (
     ArgumentError,
+    CheckpointError,
     DTypeError,
     MaskError,
     NamespaceError,
@@ -60,6 +61,11 @@ from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention, latent_transformer
 from setattn._positions import fourier_features
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn.checkpoints._block import Block
+from setattn.checkpoints._canonical import save
+from setattn.checkpoints._layout import Layout
+from setattn.checkpoints._load import load
+from setattn.checkpoints._registry import layouts
 
 __version__ = "0.1.0"
 
@@ -70,12 +76,15 @@ __all__ = [
     "ArgumentError",
     "Attention",
     "AttentionPool",
+    "Block",
+    "CheckpointError",
     "CrossAttention",
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
     "InputEmbedding",
     "LayerNorm",
+    "Layout",
     "Linear",
     "MaskError",
     "MeanHead",
@@ -116,6 +125,8 @@ __all__ = [
     "init_set_transformer",
     "isab",
     "latent_transformer",
+    "layouts",
+    "load",
     "mab",
     "map_params",
     "perceiver",
@@ -123,5 +134,6 @@ __all__ = [
     "perceiver_resampler",
     "pma",
     "sab",
+    "save",
     "set_transformer",
 ]
