@@ -305,7 +305,7 @@ LAYERS = [
     {"checkpoints/_layout", "checkpoints/_sources"},
     {"checkpoints/_weights", "checkpoints/_canonical"},
     {"checkpoints/_torch"},
-    {"checkpoints/pooling"},
+    {"checkpoints/pooling", "checkpoints/perceiver_lucidrains", "checkpoints/perceiver_krasserm"},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
     {"checkpoints/_fit"},
