@@ -81,9 +81,10 @@ def _meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int
     """Check one axis of a parameter against the width it meets; where an argument has that width, it is named."""
     if a.shape[axis] == x.size:
         return
-    if x.shape is None:
+    if x.shape is None or a.shape[axis] <= x.beside:
         raise ShapeError(call.function, path, tuple(a.shape), f"{_words(wanted)} to match {x.source}", "shape")
-    to_match = f"(..., {a.shape[axis]}) to match {path} of shape {tuple(a.shape)}"
+    beside = f" with {x.beside} features beside it" if x.beside else ""
+    to_match = f"(..., {a.shape[axis] - x.beside}) to match {path} of shape {tuple(a.shape)}{beside}"
     raise ShapeError(call.function, x.source, x.shape, to_match, "shape")
 
 
@@ -290,7 +291,7 @@ def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
     if not is_absent(p.features):
         features = Width(p.features.shape[1], f"{path}.features")
         features = _optional_linear(call, f"{path}.features_project", p.features_project, features)
-        y = Width(y.size + features.size, "the embedded inputs")
+        y = Width(y.size + features.size, y.source, y.shape, features.size)
     elif not is_absent(p.features_project):
         at = f"{path}.features_project"
         raise ParameterError(call.function, at, _found(p.features_project), f"(), as {path}.features is absent")
@@ -343,6 +344,8 @@ def perceiver_io(
         raise ParameterError(call.function, at, _found(p.encoder.head), "(), as the decoder attends to the latents")
     if not is_absent(p.queries):
         q = _learned(call, f"{path}.queries", p.queries, "o")
+    elif queries is None:
+        q = Width(q.size, "the inputs, which are the queries where there are none")
     if queries is not None:
         q = data(call, "queries", queries, "o, dim")
     z = Width(p.encoder.latents.shape[-1], f"{path}.encoder.latents")
