@@ -33,6 +33,7 @@ from setattn._init import (
     init_pma,
     init_set_transformer,
 )
+from setattn._mab import mab, sab
 from setattn._order import Order
 from setattn._params import (
     ISAB,
@@ -55,7 +56,7 @@ from setattn._params import (
     map_params,
 )
 from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
-from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn._set_transformer import isab, pma, set_transformer
 
 __version__ = "0.1.0"
 
