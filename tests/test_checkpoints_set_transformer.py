@@ -418,6 +418,13 @@ def test_heads_that_do_not_divide_the_width(width, heads, told):
             assert setattn.load(w, num_heads=int(told.rpartition("=")[2])).layout == "set-transformer"
 
 
+def test_a_decoder_of_another_form():
+    """A linear layer that is not the last one is none of the model's: it is left over, not left out."""
+    w = drawn(KINDS["official-points"].shapes)
+    with pytest.raises(CheckpointError, match=r"unexpected dec\.3\.weight, dec\.3\.bias"):
+        setattn.load({**w, **drawn(affine("dec.5", 6, 6))}, "set-transformer", num_heads=HEADS)
+
+
 def test_the_scale_is_the_widths():
     """The scale of the authors' code is an option of the block, which a call may change."""
     block = setattn.load(drawn(KINDS["official-sab"].shapes), num_heads=HEADS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from setattn._params import ISAB, MAB, PMA, Attention, FeedForward, LayerNorm, SetTransformer
+from setattn._params import ISAB, MAB, PMA, Attention, FeedForward, LayerNorm, Linear, SetTransformer
 from setattn._typing import Absent
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout, Option
@@ -53,23 +53,19 @@ def _official_model(w: Weights, num_heads: int) -> SetTransformer:
     encoder: list[ISAB | MAB] = []
     for i in _numbers(w, "enc"):
         block, width = w.at(f"enc.{i}"), "dim" if encoder else "dim_x"
-        isab = block.has("I") or not block.has("mab")
-        encoder.append(
-            _official_isab(block, width, num_heads)
-            if isab
-            else _official_mab(block.at("mab"), width, width, num_heads)
-        )
-    pma, decoder, output = None, [], ()
-    for i in _numbers(w, "dec"):
-        key = f"dec.{i}"
-        if pma is None:
-            pma = _official_pma(w.at(key), num_heads)
-        elif w.has(f"{key}.mab"):
-            decoder.append(_official_mab(w.at(key).at("mab"), "dim", "dim", num_heads))
+        if block.has("mab"):
+            encoder.append(_official_mab(block.at("mab"), width, width, num_heads))
         else:
-            output = w.linear(key, ["dim"], ["dim_out"])
-    if pma is None:
-        pma = _official_pma(w.at("dec.0"), num_heads)
+            encoder.append(_official_isab(block, width, num_heads))
+    first, *rest = _numbers(w, "dec") or [0]
+    pma = _official_pma(w.at(f"dec.{first}"), num_heads)
+    decoder: list[MAB] = []
+    output: Linear | Absent = ()
+    for i in rest:
+        if w.has(f"dec.{i}.mab"):
+            decoder.append(_official_mab(w.at(f"dec.{i}").at("mab"), "dim", "dim", num_heads))
+        elif i == rest[-1]:  # a linear layer anywhere else is left over
+            output = w.linear(f"dec.{i}", ["dim"], ["dim_out"])
     return SetTransformer(tuple(encoder), pma, tuple(decoder), output)
 
 
@@ -97,7 +93,7 @@ def _official_pma(w: Weights, num_heads: int) -> PMA:
 def _official_mab(w: Weights, dim_x: str, dim_y: str, num_heads: int) -> MAB:
     project = w.linear("fc_q", [dim_x], ["dim"])
     heads = 1 if w.size("dim") % num_heads else num_heads  # a remainder is told once, for the whole
-    head = [heads, w.local("head_dim")]
+    head: list[int | str] = [heads, w.local("head_dim")]
     return MAB(
         attention=Attention((), w.linear("fc_k", [dim_y], head), w.linear("fc_v", [dim_y], head)),
         ff=FeedForward(w.linear("fc_o", ["dim"], ["dim"])),
@@ -140,7 +136,7 @@ def _pyg_pma(w: Weights, num_heads: int) -> PMA:
 
 def _pyg_mab(w: Weights, num_heads: int) -> MAB:
     return MAB(
-        attention=torch_attention(w, "attn", "dim", "dim", num_heads),
+        attention=torch_attention(w, "attn", "dim", "dim", num_heads, bias=True),
         ff=FeedForward(w.linear("lin", ["dim"], ["dim"])),
         attention_norm=_optional_norm(w, "layer_norm1"),
         output_norm=_optional_norm(w, "layer_norm2"),
@@ -197,7 +193,7 @@ def _dgl_pma(w: Weights, num_heads: int) -> PMA:
 
 
 def _dgl_mab(w: Weights, num_heads: int) -> MAB:
-    head = [num_heads, w.local("head_dim")]
+    head: list[int | str] = [num_heads, w.local("head_dim")]
     query, key, value = (w.linear(f"proj_{name}", ["dim"], head, bias=False) for name in "qkv")
     return MAB(
         attention=Attention(query, key, value, w.linear("proj_o", head, ["dim"], bias=False)),
