@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from setattn import _params as trees
-from setattn._errors import CheckpointError, OptionError, ParameterError
+from setattn._errors import CheckpointError, DTypeError, OptionError, ParameterError
 from setattn._namespace import namespace_of
 from setattn._params import is_absent
 from setattn._typing import Array
 from setattn.checkpoints._block import Block
-from setattn.checkpoints._safetensors import write_safetensors
+from setattn.checkpoints._safetensors import is_writable, write_safetensors
 from setattn.checkpoints._sources import Source
 
 _VERSION = 1
@@ -102,6 +102,8 @@ def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
     if not isinstance(tree, tuple):
         if namespace_of(tree) is None:
             raise ParameterError("save", "block", f"holding a {type(tree).__qualname__}", "arrays alone")
+        if not is_writable(tree):
+            raise DTypeError("save", "block", tree.dtype, "arrays of a dtype that a file can hold", "an array of dtype")
         arrays[path] = tree
         return "array"
     if not hasattr(tree, "_fields"):
@@ -170,4 +172,5 @@ def _tree(form: Any, path: str, names: set[str], read: Callable[[str], Array]) -
     (kind, parts), *more = form.items()
     if more or kind not in _NODES or not set(parts) <= set(_NODES[kind]._fields):
         raise ValueError(f"an unknown node {kind!r}")
-    return _NODES[kind](**{name: _tree(part, _join(path, name), names, read) for name, part in parts.items()})
+    fields = {name: _tree(parts.get(name), _join(path, name), names, read) for name in _NODES[kind]._fields}
+    return _NODES[kind](**fields)

@@ -7,7 +7,7 @@ from typing import Any
 
 from setattn._convert import convert_params
 from setattn._errors import CheckpointError, DTypeError, OptionError
-from setattn._namespace import bits_of, namespace_of, normalize_namespace
+from setattn._namespace import all_finite, bits_of, namespace_of, normalize_namespace
 from setattn._typing import Array, Namespace
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import is_canonical, load_canonical
@@ -135,7 +135,7 @@ class _Reader:
         if not bits_of(a.dtype, xp):
             wanted = f"real floating numbers in tensor {name!r}, not {stored}"
             raise CheckpointError("load", "source", self._source.name, wanted)
-        if not self._allow_nonfinite and not _is_finite(a, xp):
+        if not self._allow_nonfinite and not all_finite(a, xp):
             wanted = f"finite numbers in tensor {name!r}, or allow_nonfinite=True"
             raise CheckpointError("load", "source", self._source.name, wanted)
         target = xp if self._xp is None else self._xp
@@ -145,11 +145,6 @@ class _Reader:
         if self._xp is None and dtype is None and self._device is None:
             return a
         return convert_params(a, target, device=self._device, dtype=dtype)
-
-
-def _is_finite(a: Array, xp: Any) -> bool:
-    """Say whether all numbers are finite; their sum, which one pass without a copy takes, says so almost always."""
-    return bool(xp.isfinite(xp.sum(a))) or bool(xp.all(xp.isfinite(a)))
 
 
 def _recognised(source: Source, prefix: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:

@@ -185,5 +185,10 @@ def write_safetensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping
             file.write(host.astype(_KINDS[_name(a)][1], copy=False).data)
 
 
+def is_writable(a: Array) -> bool:
+    """Say whether the format has the dtype of an array."""
+    return _name(a) in _KINDS
+
+
 def _name(a: Array) -> str:
     return str(native(a.dtype)).rpartition(".")[2]
