@@ -358,6 +358,18 @@ def test_kinds(name):
     assert_same(block(x, mask=mask), np.where(rows[..., None], kind.formula(w, x, mask), 0.0))
 
 
+@pytest.mark.parametrize("name", ["official", "official-pma", "pyg", "dgl-decoder", "lucidrains"])
+def test_saving(name, tmp_path):
+    """What was loaded is saved and loaded again, parts that are absent and an encoder without blocks included."""
+    kind = KINDS[name]
+    block = setattn.load(drawn(kind.shapes), **options(kind.layout))
+    setattn.save(tmp_path / "block.safetensors", block)
+    again = setattn.load(tmp_path / "block.safetensors")
+    assert (again.function, again.options, again.layout) == (block.function, block.options, block.layout)
+    x = np.random.default_rng(1).normal(size=(2, N, kind.dim_x))
+    np.testing.assert_array_equal(again(x), block(x))
+
+
 @pytest.mark.parametrize("name", MABS)
 def test_mabs(name):
     """A block of two sets is recognised, too, with two widths where it may have them."""
