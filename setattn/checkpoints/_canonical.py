@@ -110,7 +110,7 @@ def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
         return [_form(part, _join(path, str(i)), arrays) for i, part in enumerate(tree)]
     fields = zip(tree._fields, tree, strict=True)
     parts = {name: _form(part, _join(path, name), arrays) for name, part in fields}
-    optional = type(tree)._field_defaults  # a part that is always given is written down where it is absent, too
+    optional = tree._field_defaults  # a part that is always given is written down where it is absent, too
     return {type(tree).__name__: {k: part for k, part in parts.items() if part is not None or k not in optional}}
 
 
