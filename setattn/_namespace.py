@@ -303,6 +303,13 @@ def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     return np.from_dlpack(x)
 
 
+def memory_order(x: Array) -> tuple[int, ...]:
+    """Return the axes of an array from the longest steps in memory to the shortest, where it is then contiguous."""
+    host = to_numpy(x)
+    order = tuple(sorted(range(host.ndim), key=lambda axis: -host.strides[axis]))
+    return order if host.transpose(order).flags.c_contiguous else tuple(range(host.ndim))
+
+
 def convert_array(x: Array, xp: Namespace, device: Any, dtype: Any) -> Array:
     """Return an array in another namespace, on another device, in another dtype, as far as they are given."""
     source: Namespace = namespace_of(x)
