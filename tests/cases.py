@@ -67,6 +67,11 @@ class Case:
         """The position of the array of queries, if the elements are not their own."""
         return {"perceiver_io": 1}.get(self.function, 0 if self.elements else None)
 
+    @property
+    def masks_media(self) -> bool:
+        """Whether ``pair_mask`` is over media in place of elements."""
+        return self.function == "gated_cross_attention"
+
     def resized(
         self, *, batch: int | None = None, elements: int | None = None, queries: int | None = None, before: int = 0
     ) -> Case:
@@ -87,7 +92,8 @@ class Case:
         of_masks = {
             "mask": {-1 - before: elements},
             "bias": {-1: elements},
-            "pair_mask": {-1: elements, -2: queries},
+            # That of a gated block is over media, which hold the elements.
+            "pair_mask": {-1: None if self.masks_media and not before else elements, -2: queries},
             "query_mask": {-1: queries},
             "media_locations": {-1: queries},
         }
@@ -99,14 +105,22 @@ class Case:
         part = np.ones(self.arrays[self.elements].shape[:-1], dtype=bool)
         if "mask" in self.masks:
             part &= self.masks["mask"]
+        if self.masks_media:
+            sees = self.seen_media()
+            return part if sees is None else part & sees.any(axis=-2)[..., None]
         if "pair_mask" in self.masks:
             part &= self.masks["pair_mask"].any(axis=-2)
-        if "media_locations" in self.masks:
-            count, number = np.cumsum(self.masks["media_locations"], axis=-1), np.arange(1, part.shape[-2] + 1)
-            immediate = self.options.get("immediate", True)
-            sees = count[..., None] == number if immediate else count[..., None] >= number
-            part &= sees.any(axis=-2)[..., None]
         return part
+
+    def seen_media(self) -> np.ndarray | None:
+        """Say which media the rows of text see in a gated block; ``None`` where all see all."""
+        sees = self.masks.get("pair_mask")
+        if "media_locations" not in self.masks:
+            return sees
+        count, media = np.cumsum(self.masks["media_locations"], axis=-1)[..., None], self.arrays[1].shape[-3]
+        number = np.arange(1, media + 1)
+        placed = count == number if self.options.get("immediate", True) else count >= number
+        return placed if sees is None else placed & sees
 
     def with_garbage(self, values: tuple[float, ...]) -> Case:
         """Fill the elements that take part in nothing with garbage, in turn, and the masked queries and biases."""
@@ -458,6 +472,9 @@ def _gated_variants() -> None:
         locations[0, [1, 2, 5]] = True
         locations[1, [0, 3, 4, 6]] = True
         drawn = {"media_locations": locations, "mask": rng.random((BATCH, 3, 5)) < 0.7}
+        if "pair_mask" in masks:
+            drawn["pair_mask"] = rng.random((BATCH, N, 3)) < 0.7
+            drawn["pair_mask"][0, 2] = False
         media = rng.normal(size=(BATCH, 3, 5, DIM_Y))
         return Case(
             "gated_cross_attention", (_set(rng), media), params, {k: drawn[k] for k in masks}, options, elements=1
@@ -467,6 +484,8 @@ def _gated_variants() -> None:
         "": (False, ("media_locations", "mask"), {}),
         "-previous": (True, ("media_locations",), {"immediate": False, "activation": "gelu"}),
         "-all": (False, ("mask",), {"activation": "silu"}),
+        "-pairs": (True, ("pair_mask", "mask"), {"activation": "silu", "ff_without_media": False}),
+        "-previous-pairs": (False, ("pair_mask", "media_locations"), {"immediate": False}),
     }
     for name, arguments in variants.items():
         _CASES[f"gated_cross_attention{name}"] = lambda rng, arguments=arguments: build(rng, *arguments)

@@ -316,8 +316,10 @@ class Oracle:
             z = self.add_feed_forward(z, layer.ff_norm, layer.ff)
         return self.norm(z if absent(p.output) else self.linear(z, p.output), p.output_norm)
 
-    def gated_cross_attention(self, x, media, p, mask=None, media_locations=None, immediate=True):
-        """Attend from tokens to media, a list of sets; `mask` (media, n)."""
+    def gated_cross_attention(
+        self, x, media, p, mask=None, media_locations=None, pair_mask=None, immediate=True, ff_without_media=True
+    ):
+        """Attend from tokens to media, a list of sets; `mask` (media, n), `pair_mask` (tokens, media)."""
         cross = p.cross_attention
         sizes = [medium.shape[0] for medium in media]
         number = np.repeat(np.arange(1, len(media) + 1), sizes)
@@ -325,6 +327,7 @@ class Oracle:
         visible = np.zeros((x.shape[0], sum(sizes)), dtype=bool)
         for i, j in np.ndindex(visible.shape):
             seen = time is None or (time[i] == number[j] if immediate else time[i] >= number[j])
+            seen = seen and (pair_mask is None or bool(pair_mask[i][number[j] - 1]))
             visible[i, j] = seen and (mask is None or bool(np.asarray(mask).reshape(-1)[j]))
         rows, used = visible.any(axis=1), visible.any(axis=0)
         y = self.norm(
@@ -337,7 +340,9 @@ class Oracle:
         h = self.add(x, self.gate(a, p.attention_gate))
         if absent(cross.ff):
             return h
-        return self.add(h, self.gate(self.feed_forward(self.norm(h, cross.ff_norm), cross.ff), p.ff_gate))
+        out = self.add(h, self.gate(self.feed_forward(self.norm(h, cross.ff_norm), cross.ff), p.ff_gate))
+        kept = np.arange(rows.size) + np.where(rows | ff_without_media, 0, rows.size)
+        return self.concatenate([out, x])[kept]
 
     def fourier_features(self, positions, num_bands, max_resolution, concat_position=True, order="grouped"):
         axes = positions.shape[1]
@@ -378,7 +383,7 @@ BLOCKS = {
     "perceiver": ((2,), {"mask": 1}),
     "perceiver_io": ((2, 2), {"mask": 1}),
     "perceiver_resampler": ((2,), {"mask": 1}),
-    "gated_cross_attention": ((2, 3), {"mask": 2, "media_locations": 1}),
+    "gated_cross_attention": ((2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}),
     "fourier_features": ((1,), {}),
 }
 

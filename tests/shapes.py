@@ -309,7 +309,7 @@ def _gated_cross_attention(arrays: Any, p: Any, keywords: dict[str, Any]) -> tup
     (x_batch, n, x), (media_batch, m, y) = set_of(arrays[0]), set_of(arrays[1], 3)
     *batch, media = media_batch
     shared(x_batch, tuple(batch))
-    _masks(keywords, mask=(*batch, media, m), media_locations=(*batch, n))
+    _masks(keywords, mask=(*batch, media, m), media_locations=(*batch, n), pair_mask=(*batch, n, media))
     need(type(p) is GatedCrossAttention and cross_attention(p.cross_attention, x, y) == x)
     for gate in (p.attention_gate, p.ff_gate):
         need(shape(gate, 1) in ((1,), (x,)))

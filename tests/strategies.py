@@ -160,7 +160,7 @@ class Drawn(Case):
             extra = sum(not is_absent(e) for e in (self.params.frame_embedding, self.params.media_embedding))
             return (2 + extra,), {"mask": 1 + extra}
         if self.function == "gated_cross_attention":
-            return (2, 3), {"mask": 2, "media_locations": 1}
+            return (2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}
         return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1}
 
     @property
@@ -544,8 +544,9 @@ def _gated_cross_attention(m: Maker) -> _Parts:
     params = setattn.GatedCrossAttention(
         m.cross_attention(s.dim, s.dim_y), 0.5 + m.weight(width, inputs=1), m.weight(width, inputs=1) - 0.5
     )
-    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m)}
-    options = {"immediate": m.one_of(True, False), "activation": m.one_of(*ACTIVATIONS)}
+    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m), "pair_mask": (*b, s.m, s.media)}
+    options = {key: m.one_of(True, False) for key in ("immediate", "ff_without_media")}
+    options["activation"] = m.one_of(*ACTIVATIONS)
     return _Parts((_queried(m, s.dim), (*b, s.media, s.n, s.dim_y)), params, shapes, options, 1)
 
 

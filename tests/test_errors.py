@@ -391,6 +391,8 @@ def test_media_locations_of_another_shape(backend):
     refused(backend, case, MaskError, "media_locations", media_locations=np.ones((N,), bool))
     refused(backend, case, MaskError, "media_locations", media_locations=np.ones((BATCH, 3), bool))
     refused(backend, case, MaskError, "mask", mask=np.ones((BATCH, 15), bool))
+    refused(backend, case, MaskError, "pair_mask", pair_mask=np.ones((BATCH, N, 15), bool))
+    refused(backend, case, MaskError, "pair_mask", pair_mask=np.ones((N, 3), bool))
 
 
 def test_bias_of_another_shape(backend):

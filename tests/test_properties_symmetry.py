@@ -37,7 +37,8 @@ MOST = {"sab": 11, "isab": 11, "latent_transformer": 7, "set_transformer": 11, "
 
 def take_elements(case: Drawn, order: np.ndarray, masks: bool = True) -> Drawn:
     """Take elements of the set by their places, and their masks with them."""
-    follow = {k: m[..., order] for k, m in case.masks.items() if k in ("mask", "pair_mask", "bias") and masks}
+    kinds = ("mask", "bias") if case.masks_media else ("mask", "pair_mask", "bias")
+    follow = {k: m[..., order] for k, m in case.masks.items() if k in kinds and masks}
     return case.with_elements(case.arrays[case.elements][..., order, :]).with_masks(**follow)
 
 

@@ -145,6 +145,7 @@ def mixed_up(changed: dict, case: Drawn) -> None:
         ("attention", {"scale": 1 / math.sqrt(3)}, {"scale": 1 / math.sqrt(3) * (1 + 1e-5)}),
         ("cross_attention", {"query_residual": True}, {"query_residual": False}),
         ("gated_cross_attention", {"immediate": True}, {"immediate": False}),
+        ("gated_cross_attention", {"ff_without_media": True}, {"ff_without_media": False}),
     ],
 )
 def test_options_that_are_mixed_up_are_noticed(name, told, done):
