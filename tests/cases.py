@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import setattn
-from setattn import FeedForward, LayerNorm, RMSNorm
+from setattn import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,25 @@ def _(rng: np.random.Generator) -> Case:
     return Case("attention", _xy(rng), perturb(params, rng), masks, {"scale": 0.3}, elements=1)
 
 
+def _net(dim_in: int, dim_out: int, rng: np.random.Generator) -> FeedForward:
+    return FeedForward(setattn.init_linear(dim_in, 6, rng=rng), setattn.init_linear(6, dim_out, rng=rng))
+
+
+@_case("attention-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, rng=rng)
+    params = params._replace(length_scale=LengthScale(Linear(np.ones((1, HEADS)))))
+    return Case("attention", _xy(rng), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {}, elements=1)
+
+
+@_case("attention-length-pairs")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, head_norm="rms", rng=rng)
+    params = params._replace(length_scale=LengthScale(_net(1, DIM, rng), _net(DIM // HEADS, DIM // HEADS, rng)))
+    masks = {"pair_mask": _mask(rng, BATCH, M, N), "mask": rng.random((BATCH, N)) < 0.7, "bias": _set(rng, 1)[..., 0]}
+    return Case("attention", _xy(rng), perturb(params, rng), masks, {"activation": "silu"}, elements=1)
+
+
 @_case("attention_weights")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, rng=rng)
@@ -319,6 +338,15 @@ def _(rng: np.random.Generator) -> Case:
     params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, hidden=9, form="pre_norm", rng=rng)
     masks = {"mask": _mask(rng, BATCH, N)}
     return Case("isab", (_set(rng),), perturb(params, rng), masks, {"activation": "gelu_tanh"})
+
+
+@_case("isab-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, hidden=9, form="pre_norm", rng=rng)
+    scale = LengthScale(_net(1, HEADS, rng), _net(DIM // HEADS, 1, rng))
+    block = params.mab_inducing
+    params = params._replace(mab_inducing=block._replace(attention=block.attention._replace(length_scale=scale)))
+    return Case("isab", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {"activation": "gelu"})
 
 
 @_case("pma")
@@ -450,6 +478,14 @@ _resampler_variants()
 def _(rng: np.random.Generator) -> Case:
     masks = {"mask": _mask(rng, BATCH, N)}
     return Case("perceiver_resampler", (_set(rng),), perturb(_idefics2(rng), rng), masks, {"activation": "silu"})
+
+
+@_case("perceiver_resampler-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_resampler(DIM, num_heads=HEADS, num_latents=5, num_layers=1, rng=rng)
+    (layer,), scale = params.layers, LengthScale(Linear(np.ones((1, DIM))))
+    params = params._replace(layers=(layer._replace(attention=layer.attention._replace(length_scale=scale)),))
+    return Case("perceiver_resampler", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
 
 
 @_case("perceiver_resampler-ip-adapter")

@@ -36,6 +36,7 @@ FSUM = SimpleNamespace(
     dot=lambda a, b: _fsum(s * t for s, t in zip(a, b, strict=True)),
     exp=math.exp,
     sqrt=math.sqrt,
+    log=math.log,
     tanh=math.tanh,
     erfc=math.erfc,
     sin=math.sin,
@@ -48,6 +49,7 @@ EXACT = SimpleNamespace(
     dot=lambda a, b: _MP.fdot(zip(a, b, strict=True)),
     exp=_MP.exp,
     sqrt=_MP.sqrt,
+    log=_MP.log,
     tanh=_MP.tanh,
     erfc=_MP.erfc,
     sin=_MP.sin,
@@ -147,6 +149,13 @@ class Oracle:
             out[i, j] = x[i, j] * self.a.tanh(gate[j % gate.shape[0]])
         return out
 
+    def log_counts(self, counts):
+        """Logarithms (m, 1) of numbers of elements; that of none is 0."""
+        return np.array([[self.a.log(self.a.number(max(int(n), 1)))] for n in counts], dtype=object).reshape(-1, 1)
+
+    def one_plus_tanh(self, x):
+        return np.frompyfunc(lambda t: 1 + self.a.tanh(t), 1, 1)(x)
+
     def add(self, x, y):
         return x + y
 
@@ -190,42 +199,54 @@ class Oracle:
     def add_feed_forward(self, x, norm, p):
         return x if absent(p) else self.add(x, self.feed_forward(self.norm(x, norm), p))
 
-    def _heads(self, x, y, p):
-        """Pairs of a query head and the key head that serves it."""
+    def length_factors(self, q, head, heads, counts, p):
+        """Scale the queries of a head by what depends on how many elements each of them meets."""
+        log_n = self.log_counts(counts)
+        base = self.linear(log_n, p.base) if type(p.base).__name__ == "Linear" else self.feed_forward(log_n, p.base)
+        width = base.shape[1] // heads
+        scaled = self.multiply(q, base[:, head * width : (head + 1) * width])
+        return scaled if absent(p.query) else self.multiply(scaled, self.one_plus_tanh(self.feed_forward(q, p.query)))
+
+    def _heads(self, x, y, p, counts):
+        """Pairs of a query head and the key head that serves it; `counts` (m,) are numbers of elements."""
         _, kv_heads, head_dim = p.key.weight.shape
         query, key = x if absent(p.query) else self.linear(x, p.query), self.linear(y, p.key)
         heads = query.shape[1] // head_dim
         for h in range(heads):
             g = h // (heads // kv_heads)
             cut = slice(h * head_dim, (h + 1) * head_dim), slice(g * head_dim, (g + 1) * head_dim)
-            yield g, self.norm(query[:, cut[0]], p.query_norm), self.norm(key[:, cut[1]], p.key_norm)
+            q = self.norm(query[:, cut[0]], p.query_norm)
+            if not absent(p.length_scale):
+                q = self.length_factors(q, h, heads, counts, p.length_scale)
+            yield g, q, self.norm(key[:, cut[1]], p.key_norm)
 
     @staticmethod
     def _take_part(x, y, mask, pair_mask, bias):
         """Remove the masked elements, and those of a bias of -inf, so that nothing ever reads them."""
         keep = np.ones(y.shape[0], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        pair = np.ones((x.shape[0], y.shape[0]), dtype=bool) if pair_mask is None else np.asarray(pair_mask, dtype=bool)
+        counts = (pair & keep).sum(axis=1)  # which a bias does not change
         if bias is not None:
             keep = keep & np.array([value != -math.inf for value in bias], dtype=bool)
             bias = bias[keep]
-        pair = np.ones((x.shape[0], y.shape[0]), dtype=bool) if pair_mask is None else np.asarray(pair_mask, dtype=bool)
-        return keep, pair[:, keep], bias
+        return keep, pair[:, keep], bias, counts
 
     def attention(self, x, y, p, mask=None, pair_mask=None, bias=None, merges=0):
-        keep, visible, bias = self._take_part(x, y, mask, pair_mask, bias)
+        keep, visible, bias, counts = self._take_part(x, y, mask, pair_mask, bias)
         y = y[keep]
         value, value_dim = self.linear(y, p.value), p.value.weight.shape[2]
         heads = [
             self.attend(q, k, value[:, g * value_dim : (g + 1) * value_dim], visible, bias, merges)
-            for g, q, k in self._heads(x, y, p)
+            for g, q, k in self._heads(x, y, p, counts)
         ]
         out = self.concatenate(heads, axis=1)
         return out if absent(p.output) else self.linear(out, p.output)
 
     def attention_weights(self, x, y, p, mask=None, pair_mask=None, bias=None):
-        keep, visible, bias = self._take_part(x, y, mask, pair_mask, bias)
+        keep, visible, bias, counts = self._take_part(x, y, mask, pair_mask, bias)
         zeros = self.lift(np.zeros((x.shape[0], y.shape[0])))
         out = []
-        for _, q, k in self._heads(x, y[keep], p):
+        for _, q, k in self._heads(x, y[keep], p, counts):
             weights = zeros.copy()
             weights[:, keep] = self.softmax(q, k, visible, bias)
             out.append(weights)

@@ -17,6 +17,7 @@ from setattn import (
     FeedForward,
     GatedCrossAttention,
     LayerNorm,
+    LengthScale,
     Linear,
     Perceiver,
     PerceiverIO,
@@ -91,6 +92,15 @@ def attention_heads(p: Any, query: int) -> int:
     return query // p.key.weight.shape[2] if absent(p.query) else p.query.weight.shape[1]
 
 
+def length_scale(p: Any, heads: int, head_dim: int) -> None:
+    if absent(p):
+        return
+    need(type(p) is LengthScale and type(p.base) in (Linear, FeedForward))
+    base = affine(p.base, 1) if type(p.base) is Linear else feed_forward(p.base, 1)
+    need(base in (heads, heads * head_dim))
+    need(absent(p.query) or feed_forward(p.query, head_dim) in (1, head_dim))
+
+
 def attend(p: Any, query: int, context: int) -> int:
     need(type(p) is Attention)
     kv_heads, head_dim = heads_of(p.key, context)
@@ -104,6 +114,7 @@ def attend(p: Any, query: int, context: int) -> int:
     need(heads % kv_heads == 0)
     norm(p.query_norm, head_dim)
     norm(p.key_norm, head_dim)
+    length_scale(p.length_scale, heads, head_dim)
     if absent(p.output):
         return heads * value_dim
     need(type(p.output) is Linear)
