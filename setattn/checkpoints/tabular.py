@@ -77,12 +77,17 @@ def _tabpfn_block(w: Weights, heads: int) -> MAB:
     def norm(key: str) -> RMSNorm:
         return w.rms_norm(key, "dim") if w.has(key) else RMSNorm()
 
+    def head_norm(key: str) -> RMSNorm | Absent:  # v3.5 has them, with scales always
+        return attn.rms_norm(key, attn.local("head_dim")) if attn.has("q_norm") or attn.has("k_norm") else ()
+
     return MAB(
         attention=Attention(
             query=query,
             key=key,
             value=value,
             output=attn.linear("out_projection", head, ["dim"], bias=False),
+            query_norm=head_norm("q_norm"),
+            key_norm=head_norm("k_norm"),
             length_scale=_length_scale(attn.at("softmax_scaling_layer"), heads, attn.local("head_dim")),
         ),
         ff=FeedForward(
