@@ -6,7 +6,6 @@ from setattn._params import ISAB, MAB, Attention, FeedForward, LengthScale, Line
 from setattn._typing import Absent
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout, Option
-from setattn.checkpoints._torch import torch_attention
 from setattn.checkpoints._weights import Weights
 
 
@@ -22,16 +21,20 @@ def _length_scale(w: Weights, heads: int, head_dim: str) -> LengthScale | Absent
         return ()
     base, query = w.local("factors"), w.local("factors of a query")
     if w.has("scales"):
-        scale = LengthScale(Linear(w.row("scales", base)))
+        last, scale = "scales", LengthScale(Linear(w.row("scales", base)))
     elif w.has("mlp"):
-        scale = LengthScale(_network(w, "mlp", 1, base))
+        last, scale = "mlp.2", LengthScale(_network(w, "mlp", 1, base))
     else:
+        last = "base_mlp.2"
         scale = LengthScale(_network(w, "base_mlp", 1, base), _network(w, "query_mlp", head_dim, query))
     width = w.size(head_dim)
-    if w.size(base) not in (0, heads, heads * width):
-        w.refuse(f"{heads} heads of width {width} with one factor each, or one for each feature, not {w.size(base)}")
-    if w.size(query) not in (0, 1, width):
-        w.refuse(f"heads of width {width} with one factor for a query, or one for each feature, not {w.size(query)}")
+    for key, size, fitting in (
+        (last, w.size(base), (heads, heads * width)),
+        ("query_mlp.2", w.size(query), (1, width)),
+    ):
+        if size not in (0, *fitting):
+            one, each = fitting
+            w.refuse(f"{w.local(key)} with {one} or {each} factors for {heads} heads of width {width}, not {size}")
     return scale
 
 
@@ -45,12 +48,18 @@ def _tabicl(w: Weights, *, num_heads: int, eps: float, activation: str, norm_fir
 
 
 def _tabicl_block(w: Weights, heads: int, norm_first: bool) -> MAB:
-    attention = torch_attention(w, "attn", "dim", "dim", heads)
-    scale = _length_scale(w.at("attn.ssmax_layer"), heads, w.at("attn").local("head_dim"))
-    hidden = w.local("hidden")
+    attn, hidden = w.at("attn"), w.local("hidden")
+    head: list[int | str] = [heads, attn.local("head_dim")]
+    query, key, value = attn.fused("in_proj", 3, ["dim"], head, join="_")
     first, second = w.layer_norm("norm1", "dim", bias=None), w.layer_norm("norm2", "dim", bias=None)
     return MAB(
-        attention=attention._replace(length_scale=scale),
+        attention=Attention(
+            query=query,
+            key=key,
+            value=value,
+            output=attn.linear("out_proj", head, ["dim"]),
+            length_scale=_length_scale(attn.at("ssmax_layer"), heads, attn.local("head_dim")),
+        ),
         ff=FeedForward(w.linear("linear1", ["dim"], [hidden]), w.linear("linear2", [hidden], ["dim"])),
         query_norm=first if norm_first else (),
         context_norm=first if norm_first else (),
