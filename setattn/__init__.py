@@ -55,7 +55,7 @@ from setattn._params import (
     map_params,
 )
 from setattn._perceiver import cross_attention, latent_transformer, perceiver, perceiver_io
-from setattn._positions import fourier_features
+from setattn._positions import fourier_features, sincos_features
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
 
 __version__ = "0.1.0"
@@ -119,4 +119,5 @@ __all__ = [
     "pma",
     "sab",
     "set_transformer",
+    "sincos_features",
 ]

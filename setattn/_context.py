@@ -13,7 +13,7 @@ from setattn._typing import Array, Namespace
 
 
 class Context(NamedTuple):
-    """Elements to attend to and which of them take part; what is done to each of them first: a network, a norm."""
+    """Elements to attend to and which of them take part; what is done to each first: a network, positions, a norm."""
 
     elements: Array  # (..., n, dim)
     mask: Array | None = None  # (..., n)
@@ -22,6 +22,8 @@ class Context(NamedTuple):
     prepare: Callable[[Array], Array] | None = None
     norm: AnyNorm = ()
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
+    positions: Array | None = None  # (n, dim) or (..., n, dim), added to the elements between the network and the norm
+    key_positions: Array | None = None  # (n, dim) or (..., n, dim), added after the norm, to what keys come from alone
 
     def part(self, elements: slice) -> Context:
         """Take some of the elements."""
@@ -30,6 +32,8 @@ class Context(NamedTuple):
             mask=None if self.mask is None else self.mask[..., elements],
             pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
             bias=None if self.bias is None else self.bias[..., elements],
+            positions=None if self.positions is None else self.positions[..., elements, :],
+            key_positions=None if self.key_positions is None else self.key_positions[..., elements, :],
         )
 
     def seen_by(self, queries: Block | None) -> Context:
@@ -40,13 +44,23 @@ class Context(NamedTuple):
             return self._replace(pair_mask=queries.of(self.pair_mask, 1), poisoned=queries.of(self.poisoned))
         if len(self.elements.shape) == 2:
             return self
+
+        def own(table: Array | None) -> Array | None:
+            return table if table is None or len(table.shape) == 2 else queries.of(table)
+
         return self._replace(
             elements=queries.of(self.elements),
             mask=queries.of(self.mask),
             pair_mask=queries.of(self.pair_mask),
             bias=queries.of(self.bias),
             poisoned=queries.of(self.poisoned),
+            positions=own(self.positions),
+            key_positions=own(self.key_positions),
         )
+
+    def key_elements(self) -> Array:
+        """Return what keys come from."""
+        return self.elements if self.key_positions is None else self.elements + self.key_positions
 
 
 def ready(context: Context, o: Options) -> Context:
@@ -58,15 +72,19 @@ def ready(context: Context, o: Options) -> Context:
     """
     elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
-    first, then = context.prepare, context.norm
-    context = context._replace(elements=elements, bias=bias, prepare=None, norm=())
+    first, positions, then = context.prepare, context.positions, context.norm
+    bare = first is None and positions is None and is_absent(then)
+    keys = None if context.key_positions is None else enter(context.key_positions, context.mask, o)
+    context = context._replace(elements=elements, bias=bias, prepare=None, positions=None, norm=(), key_positions=keys)
     if context.pair_mask is not None:
         context = _hide(context, o.xp)
     if first is not None:
         context = context._replace(elements=first(context.elements))
+    if positions is not None:
+        context = context._replace(elements=context.elements + positions)
     if not is_absent(then):
         context = context._replace(elements=norm(context.elements, then, o))
-    if context.pair_mask is not None and not (first is None and is_absent(then)):
+    if context.pair_mask is not None and not bare:
         context = _hide(context, o.xp)
     return context
 

@@ -31,6 +31,7 @@ from setattn._params import (
     SetTransformer,
     is_absent,
 )
+from setattn._typing import Array
 
 _OR_ABSENT = ", or () where the part may be absent"
 
@@ -219,16 +220,32 @@ def set_transformer(call: Call, path: str, p: Any, x: Width) -> None:
     _optional_linear(call, f"{path}.output", p.output, x)
 
 
-def attention_pool(call: Call, path: str, p: Any, x: Width) -> None:
-    """Check an attention-pooling head."""
+def attention_pool(call: Call, path: str, p: Any, x: Array) -> Width:
+    """Check an attention-pooling head and its set, and return the width of what is attended to."""
     _node(call, path, p, AttentionPool)
+    y = _optional_linear(call, f"{path}.input", p.input, data(call, "x", x))
+    if not is_absent(p.position):
+        _positions(call, f"{path}.position", p.position, x, y)
     probe = _learned(call, f"{path}.probe", p.probe, "k")
+    if not is_absent(p.probe_position):
+        _weight(call, f"{path}.probe_position", p.probe_position, *p.probe.shape, to_match=f"{path}.probe")
     _norm(call, f"{path}.query_norm", p.query_norm, probe)
-    _norm(call, f"{path}.context_norm", p.context_norm, x)
-    h = attention(call, f"{path}.attention", p.attention, probe, x)
+    _norm(call, f"{path}.context_norm", p.context_norm, y)
+    h = attention(call, f"{path}.attention", p.attention, probe, y)
     _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
     _norm(call, f"{path}.output_norm", p.output_norm, h)
     _optional_linear(call, f"{path}.output", p.output, h)
+    return y
+
+
+def _positions(call: Call, path: str, a: Any, x: Array, y: Width) -> None:
+    """Check a table with a row for each element of a set, in the width they have where it is added."""
+    _weight(call, path, a, "rows", "dim")
+    _meet(call, y, path, a, "rows", y.size, axis=1)
+    rows, n = a.shape[0], x.shape[-2]
+    if n > rows:
+        wanted = f"at most {rows} in place of {n} elements, the rows of {path}"
+        raise ShapeError(call.function, "x", tuple(x.shape), wanted, "shape")
 
 
 def cross_attention(call: Call, path: str, p: Any, q: Width, y: Width, *, query_residual: bool = True) -> Width:
