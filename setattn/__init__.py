@@ -8,6 +8,7 @@ from setattn._blocks import Plan
 from setattn._convert import convert_params
 from setattn._errors import (
     ArgumentError,
+    CheckpointError,
     DTypeError,
     MaskError,
     NamespaceError,
@@ -57,6 +58,11 @@ from setattn._params import (
 from setattn._perceiver import cross_attention, latent_transformer, perceiver, perceiver_io
 from setattn._positions import fourier_features, sincos_features
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn.checkpoints._block import Block
+from setattn.checkpoints._canonical import save
+from setattn.checkpoints._layout import Layout
+from setattn.checkpoints._load import load
+from setattn.checkpoints._registry import layouts
 
 __version__ = "0.1.0"
 
@@ -67,11 +73,14 @@ __all__ = [
     "ArgumentError",
     "Attention",
     "AttentionPool",
+    "Block",
+    "CheckpointError",
     "CrossAttention",
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
     "LayerNorm",
+    "Layout",
     "Linear",
     "MaskError",
     "NamespaceError",
@@ -111,6 +120,8 @@ __all__ = [
     "init_set_transformer",
     "isab",
     "latent_transformer",
+    "layouts",
+    "load",
     "mab",
     "map_params",
     "perceiver",
@@ -118,6 +129,7 @@ __all__ = [
     "perceiver_resampler",
     "pma",
     "sab",
+    "save",
     "set_transformer",
     "sincos_features",
 ]

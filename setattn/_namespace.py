@@ -162,6 +162,12 @@ def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     return np.errstate(under="ignore") if name_of(xp) == "numpy" else contextlib.nullcontext()
 
 
+def all_finite(x: Array, xp: Namespace) -> bool:
+    """Say whether all numbers are finite; their sum, which takes one pass without a copy, says so almost always."""
+    with np.errstate(all="ignore"):
+        return bool(xp.isfinite(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
+
+
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     """Multiply matrices, without asking NumPy for the floating-point flags.
 
