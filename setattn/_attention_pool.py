@@ -8,8 +8,9 @@ from setattn._attend import attend
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
+from setattn._embedding import rows_for
 from setattn._layers import linear, norm, options, residual_feed_forward
-from setattn._params import AttentionPool, Linear, is_absent
+from setattn._params import AttentionPool, InputEmbedding, is_absent
 from setattn._typing import Array
 
 
@@ -91,11 +92,8 @@ def attention_pool(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        y = Context(x, mask, norm=p.context_norm, key_positions=key_positions)
-        if isinstance(p.input, Linear):
-            y = y._replace(prepare=lambda rows: linear(rows, p.input, o.xp))
-        if not is_absent(p.position):
-            y = y._replace(positions=p.position[: x.shape[-2], :])
+        places = rows_for(InputEmbedding(project=p.input, position=p.position), slice(0, x.shape[-2]))
+        y = Context(x, mask, norm=p.context_norm, embedding=places, key_positions=key_positions)
         if is_absent(p.probe_position):
             h = attend(p.probe, [y], p.attention, o, p.query_norm)
         else:

@@ -7,23 +7,24 @@ from typing import NamedTuple
 
 from setattn._blocks import Block
 from setattn._call import widen
+from setattn._embedding import embed, rows_for
 from setattn._layers import AnyNorm, Options, enter, norm, select
-from setattn._params import is_absent
-from setattn._typing import Array, Namespace
+from setattn._params import InputEmbedding, is_absent
+from setattn._typing import Absent, Array, Namespace
 
 
 class Context(NamedTuple):
-    """Elements to attend to and which of them take part; what is done to each first: a network, positions, a norm."""
+    """Elements to attend to and which of them take part; what is done to each of them first: see :func:`ready`."""
 
-    elements: Array  # (..., n, dim)
+    elements: Array  # (..., n, dim), or tokens (..., n, 1)
     mask: Array | None = None  # (..., n)
     pair_mask: Array | None = None  # (..., m, n)
     bias: Array | None = None  # (..., n), added to the scores
     prepare: Callable[[Array], Array] | None = None
     norm: AnyNorm = ()
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
-    positions: Array | None = None  # (n, dim) or (..., n, dim), added to the elements between the network and the norm
-    key_positions: Array | None = None  # (n, dim) or (..., n, dim), added after the norm, to what keys come from alone
+    embedding: InputEmbedding | Absent = ()  # whose tables have n rows
+    key_positions: Array | None = None  # (n, dim) or (..., n, dim), added last, to what keys come from alone
 
     def part(self, elements: slice) -> Context:
         """Take some of the elements."""
@@ -32,9 +33,13 @@ class Context(NamedTuple):
             mask=None if self.mask is None else self.mask[..., elements],
             pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
             bias=None if self.bias is None else self.bias[..., elements],
-            positions=None if self.positions is None else self.positions[..., elements, :],
+            embedding=rows_for(self.embedding, elements) if isinstance(self.embedding, InputEmbedding) else (),
             key_positions=None if self.key_positions is None else self.key_positions[..., elements, :],
         )
+
+    def block(self, b: Block | None) -> Context:
+        """Take a block of the elements, or of whole sets."""
+        return self.part(b.cut) if b is not None and b.axis < 0 else self.seen_by(b)
 
     def seen_by(self, queries: Block | None) -> Context:
         """Take what a block of the queries may attend to: rows of queries, all elements; sets, their own."""
@@ -44,18 +49,14 @@ class Context(NamedTuple):
             return self._replace(pair_mask=queries.of(self.pair_mask, 1), poisoned=queries.of(self.poisoned))
         if len(self.elements.shape) == 2:
             return self
-
-        def own(table: Array | None) -> Array | None:
-            return table if table is None or len(table.shape) == 2 else queries.of(table)
-
+        keys = self.key_positions
         return self._replace(
             elements=queries.of(self.elements),
             mask=queries.of(self.mask),
             pair_mask=queries.of(self.pair_mask),
             bias=queries.of(self.bias),
             poisoned=queries.of(self.poisoned),
-            positions=own(self.positions),
-            key_positions=own(self.key_positions),
+            key_positions=keys if keys is None or len(keys.shape) == 2 else queries.of(keys),
         )
 
     def key_elements(self) -> Array:
@@ -64,27 +65,27 @@ class Context(NamedTuple):
 
 
 def ready(context: Context, o: Options) -> Context:
-    """Take elements in: select what takes part, widen it, do to it what is to be done first.
+    """Take elements in: select what takes part, widen it, do to it what is to be done first: embedding, network, norm.
 
     An element that no query attends to is put to zeros, whatever its values are. One that is not finite would reach,
     as 0 * NaN, the queries of its set that do not see it: under a ``pair_mask`` it is taken out as well, and the
     queries that see it are marked.
     """
-    elements = enter(context.elements, context.mask, o)
+    if isinstance(context.embedding, InputEmbedding):
+        elements = embed(context.elements, context.mask, context.embedding, o)
+    else:
+        elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
-    first, positions, then = context.prepare, context.positions, context.norm
-    bare = first is None and positions is None and is_absent(then)
     keys = None if context.key_positions is None else enter(context.key_positions, context.mask, o)
-    context = context._replace(elements=elements, bias=bias, prepare=None, positions=None, norm=(), key_positions=keys)
+    first, then = context.prepare, context.norm
+    context = context._replace(elements=elements, bias=bias, prepare=None, norm=(), embedding=(), key_positions=keys)
     if context.pair_mask is not None:
         context = _hide(context, o.xp)
     if first is not None:
         context = context._replace(elements=first(context.elements))
-    if positions is not None:
-        context = context._replace(elements=context.elements + positions)
     if not is_absent(then):
         context = context._replace(elements=norm(context.elements, then, o))
-    if context.pair_mask is not None and not bare:
+    if context.pair_mask is not None and not (first is None and is_absent(then)):
         context = _hide(context, o.xp)
     return context
 

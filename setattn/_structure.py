@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from setattn._call import Call
-from setattn._check import Width, data, floating, is_integer
+from setattn._check import Width, data, floating, is_integer, tokens
 from setattn._errors import NamespaceError, OptionError, ParameterError, ShapeError
 from setattn._namespace import name_of
 from setattn._params import (
@@ -21,8 +21,10 @@ from setattn._params import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -34,12 +36,13 @@ from setattn._params import (
 from setattn._typing import Array
 
 _OR_ABSENT = ", or () where the part may be absent"
+_OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
 
 
 def _node(call: Call, path: str, p: Any, *kinds: type) -> None:
     if not isinstance(p, kinds):
         wanted = "a " + " or ".join(f"setattn.{k.__name__}" for k in kinds)
-        maybe = _OR_ABSENT if p is None and kinds[0] in (Linear, LayerNorm, FeedForward) else ""
+        maybe = _OR_ABSENT if p is None and kinds[0] in _OPTIONAL else ""
         raise ParameterError(call.function, path, _found(p), wanted + maybe)
 
 
@@ -173,6 +176,13 @@ def _learned(call: Call, path: str, a: Any, axes: str) -> Width:
     return Width(a.shape[-1], path)
 
 
+def _rows(call: Call, path: str, table: Array, argument: str, x: Array, n: int) -> None:
+    """Check that a table has a row for each of the elements of an argument."""
+    if n > table.shape[0]:
+        wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {path}"
+        raise ShapeError(call.function, argument, tuple(x.shape), wanted, "shape")
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +235,9 @@ def attention_pool(call: Call, path: str, p: Any, x: Array) -> Width:
     _node(call, path, p, AttentionPool)
     y = _optional_linear(call, f"{path}.input", p.input, data(call, "x", x))
     if not is_absent(p.position):
-        _positions(call, f"{path}.position", p.position, x, y)
+        _weight(call, f"{path}.position", p.position, "rows", "dim")
+        _meet(call, y, f"{path}.position", p.position, "rows", y.size, axis=1)
+        _rows(call, f"{path}.position", p.position, "x", x, x.shape[-2])
     probe = _learned(call, f"{path}.probe", p.probe, "k")
     if not is_absent(p.probe_position):
         _weight(call, f"{path}.probe_position", p.probe_position, *p.probe.shape, to_match=f"{path}.probe")
@@ -236,16 +248,6 @@ def attention_pool(call: Call, path: str, p: Any, x: Array) -> Width:
     _norm(call, f"{path}.output_norm", p.output_norm, h)
     _optional_linear(call, f"{path}.output", p.output, h)
     return y
-
-
-def _positions(call: Call, path: str, a: Any, x: Array, y: Width) -> None:
-    """Check a table with a row for each element of a set, in the width they have where it is added."""
-    _weight(call, path, a, "rows", "dim")
-    _meet(call, y, path, a, "rows", y.size, axis=1)
-    rows, n = a.shape[0], x.shape[-2]
-    if n > rows:
-        wanted = f"at most {rows} in place of {n} elements, the rows of {path}"
-        raise ShapeError(call.function, "x", tuple(x.shape), wanted, "shape")
 
 
 def cross_attention(call: Call, path: str, p: Any, q: Width, y: Width, *, query_residual: bool = True) -> Width:
@@ -272,9 +274,47 @@ def latent_transformer(call: Call, path: str, p: Any, z: Width) -> Width:
     return z
 
 
-def perceiver(call: Call, path: str, p: Any, y: Width, depth: Any, *, query_residual: bool) -> Width:
-    """Check a Perceiver and its depth, and return the width of its latents."""
+def token_table(p: Any) -> Any:
+    """Return the table of the tokens of a model, of which nothing is checked yet; ``()`` if it has none."""
+    p = p.encoder if isinstance(p, PerceiverIO) else p
+    has_one = isinstance(p, Perceiver) and isinstance(p.input, InputEmbedding)
+    return p.input.tokens if has_one else ()
+
+
+def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
+    """Check inputs and what embeds them, and return the width of the embedded ones."""
+    if is_absent(p):
+        return data(call, "inputs", x)
+    _node(call, path, p, InputEmbedding)
+    if is_absent(p.tokens):
+        y, n = data(call, "inputs", x), x.shape[-2]
+    else:
+        _weight(call, f"{path}.tokens", p.tokens, "vocabulary", "dim")
+        tokens(call, "inputs", x)
+        y, n = Width(p.tokens.shape[1], f"{path}.tokens"), x.shape[-1]
+    y = _optional_linear(call, f"{path}.project", p.project, y)
+    for name, table in (("position", p.position), ("features", p.features)):
+        at = f"{path}.{name}"
+        if is_absent(table):
+            continue
+        _weight(call, at, table, "rows", "dim")
+        if name == "position":
+            _meet(call, y, at, table, "rows", y.size, axis=1)
+        _rows(call, at, table, "inputs", x, n)
+    if not is_absent(p.features):
+        features = Width(p.features.shape[1], f"{path}.features")
+        features = _optional_linear(call, f"{path}.features_project", p.features_project, features)
+        y = Width(y.size + features.size, "the embedded inputs")
+    elif not is_absent(p.features_project):
+        at = f"{path}.features_project"
+        raise ParameterError(call.function, at, _found(p.features_project), f"(), as {path}.features is absent")
+    return y
+
+
+def perceiver(call: Call, path: str, p: Any, inputs: Any, depth: Any, *, query_residual: bool) -> Width:
+    """Check inputs, a Perceiver and its depth, and return the width of the embedded inputs."""
     _node(call, path, p, Perceiver)
+    y = _inputs(call, f"{path}.input", p.input, inputs)
     z = _learned(call, f"{path}.latents", p.latents, "m")
     _nodes(call, f"{path}.cross_attentions", p.cross_attentions, "setattn.CrossAttention", at_least=1)
     _nodes(call, f"{path}.latent_transformers", p.latent_transformers, "tuples of setattn.SelfAttention", at_least=0)
@@ -290,16 +330,37 @@ def perceiver(call: Call, path: str, p: Any, y: Width, depth: Any, *, query_resi
     least = max(len(p.cross_attentions), len(p.latent_transformers))
     if depth is not None and (not is_integer(depth) or depth < least):
         raise OptionError(call.function, "depth", repr(depth), f"an integer of at least {least}, to use every part")
-    return z
+    _norm(call, f"{path}.output_norm", p.output_norm, z)
+    if not is_absent(p.head):
+        _node(call, f"{path}.head", p.head, MeanHead)
+        _norm(call, f"{path}.head.norm", p.head.norm, z)
+        _linear(call, f"{path}.head.output", p.head.output, z, "dim_out")
+    return y
 
 
 def perceiver_io(
-    call: Call, path: str, p: Any, y: Width, queries: Width, depth: Any, *, query_residual: bool, decoder_residual: bool
+    call: Call,
+    path: str,
+    p: Any,
+    inputs: Any,
+    queries: Any,
+    depth: Any,
+    *,
+    query_residual: bool,
+    decoder_residual: bool,
 ) -> None:
-    """Check a Perceiver IO."""
+    """Check inputs, queries and a Perceiver IO."""
     _node(call, path, p, PerceiverIO)
-    z = perceiver(call, f"{path}.encoder", p.encoder, y, depth, query_residual=query_residual)
-    out = cross_attention(call, f"{path}.decoder", p.decoder, queries, z, query_residual=decoder_residual)
+    q = perceiver(call, f"{path}.encoder", p.encoder, inputs, depth, query_residual=query_residual)
+    if not is_absent(p.encoder.head):
+        at = f"{path}.encoder.head"
+        raise ParameterError(call.function, at, _found(p.encoder.head), "(), as the decoder attends to the latents")
+    if not is_absent(p.queries):
+        q = _learned(call, f"{path}.queries", p.queries, "o")
+    if queries is not None:
+        q = data(call, "queries", queries, "o, dim")
+    z = Width(p.encoder.latents.shape[-1], f"{path}.encoder.latents")
+    out = cross_attention(call, f"{path}.decoder", p.decoder, q, z, query_residual=decoder_residual)
     _optional_linear(call, f"{path}.output", p.output, out)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import setattn
-from setattn import FeedForward, LayerNorm, RMSNorm
+from setattn import FeedForward, InputEmbedding, LayerNorm, MeanHead, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -418,6 +418,28 @@ def _(rng: np.random.Generator) -> Case:
     return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"query_residual": False})
 
 
+@_case("perceiver-whole")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(11, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(
+        project=setattn.init_linear(DIM_Y, 6, rng=rng),
+        position=np.zeros((8, 6)),
+        features=rng.normal(size=(9, 3)),
+        features_project=setattn.init_linear(3, 5, rng=rng),
+    )
+    head = MeanHead(setattn.init_linear(DIM, 4, rng=rng), setattn.init_norm(DIM))
+    params = params._replace(input=embedding, output_norm=setattn.init_norm(DIM, kind="rms"), head=head)
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("perceiver-features")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(DIM_Y + 3, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    params = params._replace(input=InputEmbedding(features=rng.normal(size=(N, 3))))
+    params = params._replace(head=MeanHead(setattn.init_linear(DIM, 4, bias=False, rng=rng)))
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
 @_case("perceiver_io")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
@@ -431,6 +453,15 @@ def _(rng: np.random.Generator) -> Case:
     arrays, masks = (_set(rng, DIM_Y), rng.normal(size=(BATCH, M, 9))), {"mask": _mask(rng, BATCH, N)}
     options = {"query_residual": False, "decoder_residual": True}
     return Case("perceiver_io", arrays, perturb(params._replace(output=()), rng), masks, options)
+
+
+@_case("perceiver_io-embedded")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    encoder = params.encoder._replace(input=InputEmbedding(position=np.zeros((8, DIM_Y))))
+    params = params._replace(encoder=encoder._replace(output_norm=setattn.init_norm(DIM)))
+    arrays = (_set(rng, DIM_Y), rng.normal(size=(M, 9)))
+    return Case("perceiver_io", arrays, perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
 
 
 @_case("fourier_features")

@@ -409,7 +409,7 @@ def test_key_positions_of_another_shape(backend):
 def test_more_elements_than_rows_of_a_table_of_positions(backend):
     case = UNMASKED["attention_pool-table"]
     error = refused(backend, case, ShapeError, "x", arrays=(resized(case.arrays[0], -2, N + 3),))
-    assert error.wanted == f"at most {N + 2} in place of {N + 3} elements, the rows of params.position"
+    assert error.wanted == f"at most {N + 2} elements in place of {N + 3}, the rows of params.position"
     case = UNMASKED["attention_pool-all-positions"]
     for field in ("position", "probe_position"):
         table = getattr(case.params, field)
