@@ -32,6 +32,7 @@ class Width(NamedTuple):
     size: int
     source: str
     shape: Shape | None = None
+    beside: int = 0  # how many of the features are laid beside those of the argument
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def embed(x: Array, mask: Array | None, p: InputEmbedding, o: Options) -> Array:
     table is added to them like to any other.
     """
     xp = o.xp
-    x = enter(x, mask, o) if is_absent(p.tokens) else rows_of(p.tokens, x[..., 0], xp)
+    x = enter(x, mask, o) if is_absent(p.tokens) else select(rows_of(p.tokens, x[..., 0], xp), mask, xp)
     x = linear(x, p.project, xp)
     if not is_absent(p.position):
         x = x + p.position

@@ -10,7 +10,7 @@ from setattn._blocks import Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context
 from setattn._embedding import rows_for
-from setattn._layers import Options, linear, norm, options, select
+from setattn._layers import Options, linear, norm, options
 from setattn._params import CrossAttention, InputEmbedding, MeanHead, Perceiver, PerceiverIO, is_absent
 from setattn._perceiver_layers import cross_attend, transform
 from setattn._typing import Absent, Array
@@ -193,8 +193,7 @@ def perceiver_io(
         z = _perceiver(y, p.encoder, o, depth, query_residual)
         learned = y if is_absent(p.queries) else Context(p.queries)
         q = learned if queries is None else Context(queries)
-        out = linear(cross_attend(q, Context(z), p.decoder, o, decoder_residual), p.output, o.xp)
-        return select(out, q.mask, o.xp)
+        return cross_attend(q, Context(z), p.decoder, o, decoder_residual, p.output)
 
     return evaluate(call, body, params)
 

@@ -8,10 +8,10 @@ from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context, ready
-from setattn._layers import Options, enter, options, residual_feed_forward
+from setattn._layers import Options, enter, linear, options, residual_feed_forward, select
 from setattn._namespace import into
-from setattn._params import CrossAttention, SelfAttention
-from setattn._typing import Array
+from setattn._params import CrossAttention, Linear, SelfAttention
+from setattn._typing import Absent, Array
 
 
 def cross_attention(
@@ -155,13 +155,17 @@ def latent_transformer(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def cross_attend(q: Context, y: Context, p: CrossAttention, o: Options, query_residual: bool) -> Array:
-    """Let the elements of one context attend to those of another."""
+def cross_attend(
+    q: Context, y: Context, p: CrossAttention, o: Options, query_residual: bool, output: Linear | Absent = ()
+) -> Array:
+    """Let the elements of one context attend to those of another; rows of those that are masked are 0."""
 
     def rows(_: Array, y: Context, block: Block | None) -> Array:
-        z = ready(q.block(block), o).elements
+        own = q.block(block)
+        z = ready(own, o).elements
         h = attend(z, [y], p.attention, o, p.query_norm)
-        return residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
+        h = residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
+        return select(linear(h, output, o.xp), own.mask, o.xp)
 
     return by_queries(rows, q.elements, y._replace(norm=p.context_norm), p.attention, o)
 
