@@ -69,7 +69,7 @@ def test_shared_key_positions_are_those_of_every_set():
     case = cases.make("attention_pool-all-positions")
     shared = case.masks["key_positions"]
     each = np.broadcast_to(shared, (*case.arrays[0].shape[:-1], shared.shape[-1]))
-    np.testing.assert_array_equal(case.numpy(key_positions=each), case.numpy())
+    np.testing.assert_array_equal(cases.replace(case, masks={"key_positions": each}).numpy(), case.numpy())
 
 
 @by_plan
@@ -94,14 +94,14 @@ def test_what_is_masked_has_no_position(dtype, plan):
     case = cases.make("attention_pool-keys").rounded(dtype)
     mask, keys = case.masks["mask"].copy(), case.masks["key_positions"]
     mask[:, 3] = False
-    own = np.where(mask[..., None], keys, np.nan)
-    same = (case.numpy(dtype, mask=mask, key_positions=a.astype(dtype), plan=plan) for a in (own, keys))
-    np.testing.assert_array_equal(*same)
+
+    def result(a):
+        return cases.replace(case, masks={"mask": mask, "key_positions": a}).numpy(dtype, plan=plan)
+
+    np.testing.assert_array_equal(result(np.where(mask[..., None], keys, np.nan)), result(keys))
     shared = keys[0].copy()
-    other = shared.copy()
-    other[3] = np.inf
-    same = (case.numpy(dtype, mask=mask, key_positions=a.astype(dtype), plan=plan) for a in (shared, other))
-    np.testing.assert_array_equal(*same)
+    shared[3] = np.inf
+    np.testing.assert_array_equal(result(shared), result(keys[0]))
 
 
 @pytest.mark.parametrize("name", HEADS)
