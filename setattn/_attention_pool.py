@@ -92,8 +92,10 @@ def attention_pool(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        places = rows_for(InputEmbedding(project=p.input, position=p.position), slice(0, x.shape[-2]))
-        y = Context(x, mask, norm=p.context_norm, embedding=places, key_positions=key_positions)
+        y = Context(x, mask, norm=p.context_norm, key_positions=key_positions)
+        if not (is_absent(p.input) and is_absent(p.position)):
+            embedding = InputEmbedding(project=p.input, position=p.position)
+            y = y._replace(embedding=rows_for(embedding, slice(0, x.shape[-2])))
         if is_absent(p.probe_position):
             h = attend(p.probe, [y], p.attention, o, p.query_norm)
         else:
