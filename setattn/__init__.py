@@ -61,7 +61,7 @@ from setattn._params import (
 )
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention, latent_transformer
-from setattn._positions import fourier_features
+from setattn._positions import fourier_features, sincos_features
 from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import save
@@ -139,4 +139,5 @@ __all__ = [
     "sab",
     "save",
     "set_transformer",
+    "sincos_features",
 ]

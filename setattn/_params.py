@@ -132,7 +132,9 @@ class SetTransformer(NamedTuple):
 class AttentionPool(NamedTuple):
     """An attention-pooling head.
 
-    ``h = attention(query_norm(probe), context_norm(x))``, then ``output(output_norm(h + ff(ff_norm(h))))``.
+    With ``y = context_norm(input(x) + position)``: ``h = attention(query_norm(probe) + probe_position, y)``, then
+    ``output(output_norm(h + ff(ff_norm(h))))``. Element ``i`` gets row ``i`` of ``position``, which may have more rows
+    than there are elements. Every part but ``probe`` and ``attention`` may be absent.
     """
 
     probe: Array
@@ -143,6 +145,9 @@ class AttentionPool(NamedTuple):
     ff_norm: LayerNorm | RMSNorm | Absent = ()
     output_norm: LayerNorm | RMSNorm | Absent = ()
     output: Linear | Absent = ()
+    input: Linear | Absent = ()
+    position: Array = ()
+    probe_position: Array = ()
 
 
 class CrossAttention(NamedTuple):

@@ -34,6 +34,7 @@ from setattn._params import (
     SetTransformer,
     is_absent,
 )
+from setattn._typing import Array
 
 _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
@@ -198,6 +199,13 @@ def _learned(call: Call, path: str, a: Any, axes: str) -> Width:
     return Width(a.shape[-1], path)
 
 
+def _rows(call: Call, path: str, table: Array, argument: str, x: Array, n: int) -> None:
+    """Check that a table has a row for each of the elements of an argument."""
+    if n > table.shape[0]:
+        wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {path}"
+        raise ShapeError(call.function, argument, tuple(x.shape), wanted, "shape")
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,16 +260,24 @@ def set_transformer(call: Call, path: str, p: Any, x: Width, *, query_residual: 
     _optional_linear(call, f"{path}.output", p.output, x)
 
 
-def attention_pool(call: Call, path: str, p: Any, x: Width) -> None:
-    """Check an attention-pooling head."""
+def attention_pool(call: Call, path: str, p: Any, x: Array) -> Width:
+    """Check an attention-pooling head and its set, and return the width of what is attended to."""
     _node(call, path, p, AttentionPool)
+    y = _optional_linear(call, f"{path}.input", p.input, data(call, "x", x))
+    if not is_absent(p.position):
+        _weight(call, f"{path}.position", p.position, "rows", "dim")
+        _meet(call, y, f"{path}.position", p.position, "rows", y.size, axis=1)
+        _rows(call, f"{path}.position", p.position, "x", x, x.shape[-2])
     probe = _learned(call, f"{path}.probe", p.probe, "k")
+    if not is_absent(p.probe_position):
+        _weight(call, f"{path}.probe_position", p.probe_position, *p.probe.shape, to_match=f"{path}.probe")
     _norm(call, f"{path}.query_norm", p.query_norm, probe)
-    _norm(call, f"{path}.context_norm", p.context_norm, x)
-    h = attention(call, f"{path}.attention", p.attention, probe, x)
+    _norm(call, f"{path}.context_norm", p.context_norm, y)
+    h = attention(call, f"{path}.attention", p.attention, probe, y)
     _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
     _norm(call, f"{path}.output_norm", p.output_norm, h)
     _optional_linear(call, f"{path}.output", p.output, h)
+    return y
 
 
 def cross_attention(call: Call, path: str, p: Any, q: Width, y: Width, *, query_residual: bool = True) -> Width:
@@ -314,9 +330,7 @@ def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
         _weight(call, at, table, "rows", "dim")
         if name == "position":
             _meet(call, y, at, table, "rows", y.size, axis=1)
-        if n > table.shape[0]:
-            wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {at}"
-            raise ShapeError(call.function, "inputs", tuple(x.shape), wanted, "shape")
+        _rows(call, at, table, "inputs", x, n)
     if not is_absent(p.features):
         features = Width(p.features.shape[1], f"{path}.features")
         features = _optional_linear(call, f"{path}.features_project", p.features_project, features)

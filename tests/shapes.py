@@ -288,6 +288,13 @@ def _attention_pool(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int,
     batch, _, x = _one_set(arrays, keywords)
     need(type(p) is AttentionPool)
     k, probe = shape(p.probe, 2)
+    exact(p.probe_position, k, probe)
+    x = affine(p.input, x)
+    if not absent(p.position):
+        rows, width = shape(p.position, 2)
+        need(rows >= arrays[0].shape[-2] and width == x)
+    given, own = keywords.get("key_positions"), (arrays[0].shape[-2], x)
+    need(given is None or tuple(given.shape) in (own, (*batch, *own)))
     norm(p.query_norm, probe)
     norm(p.context_norm, x)
     out = attend(p.attention, probe, x)
@@ -375,6 +382,12 @@ def _fourier_features(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[in
     return (*batch, axes * (2 * keywords["num_bands"] + keywords.get("concat_position", True)))
 
 
+def _sincos_features(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
+    need(len(arrays[0].shape) >= 1 and arrays[0].shape[-1] > 0)
+    need(keywords["dim"] % (2 * arrays[0].shape[-1]) == 0)
+    return (*arrays[0].shape[:-1], keywords["dim"])
+
+
 _INFER = {
     "attention": _attention,
     "attention_weights": lambda *call: _attention(*call, weights=True),
@@ -391,4 +404,5 @@ _INFER = {
     "perceiver_resampler": _perceiver_resampler,
     "gated_cross_attention": _gated_cross_attention,
     "fourier_features": _fourier_features,
+    "sincos_features": _sincos_features,
 }

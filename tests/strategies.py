@@ -136,7 +136,7 @@ class Drawn(Case):
         return self.arrays[self.elements].shape[-2]
 
     def __call__(self, **changed: Any) -> np.ndarray:
-        params = [] if self.function == "fourier_features" else [self.params]
+        params = [] if self.params is None else [self.params]
         return getattr(setattn, self.function)(*self.arrays, *params, **(self.masks | self.options | changed))
 
     def with_array(self, position: int, array: np.ndarray) -> Drawn:
@@ -161,7 +161,7 @@ class Drawn(Case):
             return (2 + extra,), {"mask": 1 + extra}
         if self.function == "gated_cross_attention":
             return (2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}
-        return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1}
+        return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1, "key_positions": 2}
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -519,15 +519,19 @@ def _set_transformer(m: Maker, _: int | None) -> setattn.SetTransformer:
 
 def _attention_pool(m: Maker) -> setattn.AttentionPool:
     s = m.s
+    inputs = m.linear(s.dim_y, s.hidden) if m.one_of(False, False, True) else ()
+    width = s.dim_y if is_absent(inputs) else s.hidden
     return setattn.AttentionPool(
         probe=m.weight(s.learned, s.dim, inputs=1),
-        attention=m.attention(s.dim, s.dim_y),
+        attention=m.attention(s.dim, width),
         ff=m.feed_forward(s.dim),
         query_norm=m.norm(s.dim),
-        context_norm=m.norm(s.dim_y),
+        context_norm=m.norm(width),
         ff_norm=m.norm(s.dim),
         output_norm=m.norm(s.dim),
         output=m.linear(s.dim, s.dim_out) if m.one_of(True, False) else (),
+        input=inputs,
+        probe_position=m.weight(s.learned, s.dim, inputs=1) if m.one_of(False, False, True) else (),
     )
 
 

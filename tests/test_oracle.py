@@ -137,6 +137,8 @@ def cases(d):
     pool = AttentionPool(d.array(2, 6), d.attention(6, 6), d.ff(6), *(d.norm(6) for _ in range(4)), d.linear(6, 3))
     yield "attention_pool", (x,), pool, {"mask": own}
     yield "attention_pool", (x,), pool._replace(ff=(), output=()), {}
+    placed = pool._replace(input=d.linear(3, 6), position=d.array(7, 6), probe_position=d.array(2, 6))
+    yield "attention_pool", (d.array(2, 5, 3),), placed, {"mask": own, "key_positions": d.array(2, 5, 6)}
     for residual in (True, False):
         yield "cross_attention", (x, y), d.cross(6, 6, gate=True), {"mask": other, "query_residual": residual}
     yield "latent_transformer", (x,), (d.layer(6), d.layer(6)), {}
@@ -189,6 +191,22 @@ def test_fourier_features_by_hand():
     np.testing.assert_allclose(bare, [[1, 0, 0, -1, 0.5, root, root, 0.5]], atol=1e-15)
     one = oracle.evaluate("fourier_features", x[:, :1], num_bands=1, max_resolution=10)
     np.testing.assert_allclose(one, [[0.5, 1, 0]], atol=1e-15)
+
+
+def test_both_arithmetics_agree_on_sincos_features():
+    positions = np.random.default_rng(0).uniform(0, 40, size=(2, 3, 2))
+    for options in ({"dim": 12}, {"dim": 4, "temperature": 7.0}):
+        rounded = oracle.evaluate("sincos_features", positions, **options)
+        exact = oracle.evaluate("sincos_features", positions, exact=True, **options)
+        assert rounded.shape == (2, 3, options["dim"])
+        np.testing.assert_allclose(rounded, exact, rtol=0, atol=1e-13)
+
+
+def test_sincos_features_by_hand():
+    # Frequencies 1 and 1 / 3, so the angles are pi / 2 and pi / 6, then 2 pi and 2 pi / 3.
+    x, root = np.array([[math.pi / 2, 2 * math.pi]]), math.sqrt(3) / 2
+    out = oracle.evaluate("sincos_features", x, dim=8, temperature=9.0)
+    np.testing.assert_allclose(out, [[1, 0.5, 0, root, 0, root, 1, -0.5]], atol=1e-15)
 
 
 @pytest.mark.parametrize("exact", [False, True])

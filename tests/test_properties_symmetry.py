@@ -39,6 +39,8 @@ def take_elements(case: Drawn, order: np.ndarray, masks: bool = True) -> Drawn:
     """Take elements of the set by their places, and their masks with them."""
     kinds = ("mask", "bias") if case.masks_media else ("mask", "pair_mask", "bias")
     follow = {k: m[..., order] for k, m in case.masks.items() if k in kinds and masks}
+    if "key_positions" in case.masks:
+        follow["key_positions"] = case.masks["key_positions"][..., order, :]
     return case.with_elements(case.arrays[case.elements][..., order, :]).with_masks(**follow)
 
 
@@ -148,7 +150,10 @@ def _permute_learned(name: str, params, order: np.ndarray):
     if name == "perceiver_io":
         return params._replace(encoder=_permute_learned("perceiver", params.encoder, order))
     field = {"isab": "inducing_points", "pma": "seeds", "attention_pool": "probe"}.get(name, "latents")
-    return params._replace(**{field: getattr(params, field)[order]})
+    params = params._replace(**{field: getattr(params, field)[order]})
+    if name == "attention_pool" and not is_absent(params.probe_position):
+        params = params._replace(probe_position=params.probe_position[order])
+    return params
 
 
 def permuting_what_is_learned(case: Drawn, seed: int) -> None:
@@ -404,7 +409,9 @@ def test_a_weight_may_be_split():
 # --- backends -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attention-pairs-and-bias", "isab", "pma", "perceiver_resampler-frames"])
+@pytest.mark.parametrize(
+    "name", ["attention-pairs-and-bias", "isab", "pma", "attention_pool-keys", "perceiver_resampler-frames"]
+)
 def test_symmetry_on_every_backend(backend, name):
     """On every backend, permuting the elements changes nothing, and permuting a batch permutes it.
 
