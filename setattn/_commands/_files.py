@@ -41,3 +41,23 @@ def write_whole(path: Path, content: bytes) -> None:
             part.write_bytes(content)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_another(path: Path, name: str, **others: Path | None) -> None:
+    """Check that what is written is none of what is read.
+
+    Raises
+    ------
+    CommandError
+        If it is.
+    """
+    for other, its in others.items():
+        if its is not None and (path.resolve() == its.resolve() or (path.exists() and _same(path, its))):
+            raise CommandError(f"{name} {path} is {other} itself; wanted another file")
+
+
+def _same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
