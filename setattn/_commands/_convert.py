@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             save(out, block)
         except ArgumentError as error:
-            raise CommandError(in_words(error, {"path": f"OUT {args.out}"})) from error
+            if isinstance(error.__cause__, OSError):
+                raise CommandError(f"cannot write {args.out}: {error.__cause__.strerror}") from error
+            raise CommandError(in_words(error, {"block": f"FILE {args.file}"})) from error
     except CommandError as error:
         print(f"python -m setattn convert: {error}", file=sys.stderr)
         return 2

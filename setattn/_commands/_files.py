@@ -17,8 +17,12 @@ def check_writable(path: Path) -> Path:
     CommandError
         If it is a folder or a device, or its folder is missing or cannot be written to.
     """
-    target = path.resolve()  # a link stays, and what it points to is replaced
-    if target.exists() and not target.is_file():
+    try:
+        target = path.resolve()  # a link stays, and what it points to is replaced
+        ordinary = target.is_file() or not target.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise CommandError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not ordinary:
         raise CommandError(f"cannot write {path}: it exists and is no ordinary file")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
@@ -52,12 +56,12 @@ def check_another(path: Path, name: str, **others: Path | None) -> None:
         If it is.
     """
     for other, its in others.items():
-        if its is not None and (path.resolve() == its.resolve() or (path.exists() and _same(path, its))):
+        if its is not None and _same(path, its):
             raise CommandError(f"{name} {path} is {other} itself; wanted another file")
 
 
 def _same(path: Path, other: Path) -> bool:
     try:
         return path.samefile(other)
-    except OSError:
+    except (OSError, RuntimeError):
         return False

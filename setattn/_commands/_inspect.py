@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from setattn._commands._errors import CommandError
-from setattn._commands._weights import add_config, add_file, in_words
+from setattn._commands._weights import BESIDE, add_config, add_file, in_words
 from setattn._errors import ArgumentError
 from setattn.checkpoints._fit import grouped, listed
 from setattn.checkpoints._inspect import Miss, Place, Report, examine
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             report = examine(args.file, config=args.config, prefix=args.prefix)
         except ArgumentError as error:
-            names = {"source": "FILE", "config": "--config" if args.config else "the config.json beside FILE"}
+            names = {"source": "FILE", "config": "--config" if args.config else BESIDE}
             raise CommandError(in_words(error, names)) from error
     except CommandError as error:
         print(f"python -m setattn inspect: {error}", file=sys.stderr)
@@ -65,7 +65,7 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     yield ""
     where = "" if args.prefix is None else f" under prefix {args.prefix!r}"
     if not report.misses:
-        yield f"No layout has a tensor here{where}. Those that are known, with the tensors they are found by:"
+        yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
         for layout in layouts().values():
             yield f"  {layout.name:24} {', '.join(layout.anchors)}"
         return

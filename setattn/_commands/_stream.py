@@ -58,8 +58,9 @@ def open_array(path: Path, name: str) -> NDArray:
         array: NDArray = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise CommandError(f"{name} {path} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise CommandError(f"{name} {path} is not a whole .npy file of numbers: {first_line(error)}") from error
+    except (ValueError, EOFError, OverflowError, SyntaxError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) and "magic" not in str(error) else "it begins otherwise"
+        raise CommandError(f"{name} {path} is no whole .npy file of numbers: {reason}") from error
     if array.dtype.kind not in "biuf":
         raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted real numbers or booleans")
     return array

@@ -19,6 +19,8 @@ from setattn.checkpoints._registry import layouts
 
 DTYPES = ("float16", "float32", "float64")
 
+BESIDE = "the config.json beside FILE"
+
 _ARGUMENTS = {
     "source": "FILE",
     "layout": "--layout",
@@ -26,7 +28,6 @@ _ARGUMENTS = {
     "config": "--config",
     "dtype": "--dtype",
     "xp": "--backend",
-    "path": "OUT",
 }
 
 
@@ -77,6 +78,8 @@ def load_block(args: argparse.Namespace) -> Block:
             raise CommandError(f"--option {name} is given twice")
         options[name] = value
     names = _ARGUMENTS | {name: f"--option {name}" for name in options}
+    if args.config is None:
+        names["config"] = BESIDE
     reserved = {"layout", "prefix", "config", "xp", "device", "dtype", "allow_nonfinite"} & options.keys()
     if reserved:
         raise CommandError(f"--option {min(reserved)} is no option of a layout")
@@ -104,6 +107,8 @@ def in_words(error: ArgumentError, names: Mapping[str, str]) -> str:
     name = names.get(error.argument)
     if name is None and error.function == "load" and error.got == "not given":
         name = f"--option {error.argument}"
+    if error.argument.startswith("config: "):
+        name = f"config.json: {error.argument.removeprefix('config: ')}"
     text = str(error)
     if name is not None:
         text = f"{name}{text.removeprefix(argument)}"
