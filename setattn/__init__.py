@@ -34,6 +34,7 @@ from setattn._init import (
     init_pma,
     init_set_transformer,
 )
+from setattn._mab import mab, sab
 from setattn._order import Order
 from setattn._params import (
     ISAB,
@@ -44,8 +45,10 @@ from setattn._params import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -55,8 +58,10 @@ from setattn._params import (
     count_params,
     map_params,
 )
-from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
-from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn._perceiver import perceiver, perceiver_io
+from setattn._perceiver_layers import cross_attention, latent_transformer
+from setattn._positions import fourier_features
+from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import save
 from setattn.checkpoints._layout import Layout
@@ -78,10 +83,12 @@ __all__ = [
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
+    "InputEmbedding",
     "LayerNorm",
     "Layout",
     "Linear",
     "MaskError",
+    "MeanHead",
     "NamespaceError",
     "OptionError",
     "Order",

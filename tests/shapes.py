@@ -16,8 +16,10 @@ from setattn import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -113,26 +115,29 @@ def attend(p: Any, query: int, context: int) -> int:
     return out
 
 
-def mab(p: Any, x: int, y: int) -> int:
+def mab(p: Any, x: int, y: int, query_residual: bool = True) -> int:
     need(type(p) is MAB)
     width = affine(p.project, x)
-    need(attend(p.attention, width, y) == width)
-    for part in (p.query_norm, p.attention_norm, p.output_norm):
-        norm(part, width)
+    norm(p.query_norm, width)
     norm(p.context_norm, y)
-    residual(p, width)
-    return width
+    out = attend(p.attention, width, y)
+    need(out == width or not query_residual)
+    norm(p.attention_norm, out)
+    norm(p.output_norm, out)
+    residual(p, out)
+    return out
 
 
-def isab(p: Any, x: int) -> int:
+def isab(p: Any, x: int, query_residual: bool = True) -> int:
     need(type(p) is ISAB)
-    return mab(p.mab_set, x, mab(p.mab_inducing, shape(p.inducing_points, 2)[1], x))
+    inducing = mab(p.mab_inducing, shape(p.inducing_points, 2)[1], x, query_residual)
+    return mab(p.mab_set, x, inducing, query_residual)
 
 
-def pma(p: Any, x: int) -> tuple[int, int]:
+def pma(p: Any, x: int, query_residual: bool = True) -> tuple[int, int]:
     need(type(p) is PMA)
     k, width = shape(p.seeds, 2)
-    return k, mab(p.mab, width, x if absent(p.ff) else feed_forward(p.ff, x))
+    return k, mab(p.mab, width, x if absent(p.ff) else feed_forward(p.ff, x), query_residual)
 
 
 def cross_attention(p: Any, q: int, y: int, query_residual: bool = True) -> int:
@@ -154,8 +159,23 @@ def latent_transformer(p: Any, z: int) -> None:
         residual(layer, z)
 
 
+def embedded(p: Any, n: int, x: int) -> int:
+    if absent(p):
+        return x
+    need(type(p) is InputEmbedding)
+    x = affine(p.project, x if absent(p.tokens) else shape(p.tokens, 2)[1])
+    if not absent(p.position):
+        rows, dim = shape(p.position, 2)
+        need(rows >= n and dim == x)
+    if absent(p.features):
+        need(absent(p.features_project))
+        return x
+    rows, dim = shape(p.features, 2)
+    need(rows >= n)
+    return x + affine(p.features_project, dim)
+
+
 def perceiver(p: Any, y: int, query_residual: bool) -> tuple[int, int]:
-    need(type(p) is Perceiver)
     m, width = shape(p.latents, 2)
     need(type(p.cross_attentions) is tuple and any(not absent(block) for block in p.cross_attentions))
     for block in p.cross_attentions:
@@ -163,6 +183,7 @@ def perceiver(p: Any, y: int, query_residual: bool) -> tuple[int, int]:
     need(type(p.latent_transformers) is tuple)
     for layers in p.latent_transformers:
         latent_transformer(layers, width)
+    norm(p.output_norm, width)
     return m, width
 
 
@@ -216,7 +237,7 @@ def _mab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     (x_batch, m, x), (batch, n, y) = map(set_of, arrays)
     shared(x_batch, batch)
     _masks(keywords, mask=(*batch, n), query_mask=(*x_batch, m), pair_mask=(*batch, m, n))
-    return (*batch, m, mab(p, x, y))
+    return (*batch, m, mab(p, x, y, keywords.get("query_residual", True)))
 
 
 def _one_set(arrays: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
@@ -227,27 +248,28 @@ def _one_set(arrays: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], in
 
 def _sab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, n, x = _one_set(arrays, keywords)
-    return (*batch, n, mab(p, x, x))
+    return (*batch, n, mab(p, x, x, keywords.get("query_residual", True)))
 
 
 def _isab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, n, x = _one_set(arrays, keywords)
-    return (*batch, n, isab(p, x))
+    return (*batch, n, isab(p, x, keywords.get("query_residual", True)))
 
 
 def _pma(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, _, x = _one_set(arrays, keywords)
-    return (*batch, *pma(p, x))
+    return (*batch, *pma(p, x, keywords.get("query_residual", True)))
 
 
 def _set_transformer(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, _, x = _one_set(arrays, keywords)
+    added = keywords.get("query_residual", True)
     need(type(p) is SetTransformer and type(p.encoder) is tuple and type(p.decoder) is tuple)
     for block in p.encoder:
-        x = isab(block, x) if type(block) is ISAB else mab(block, x, x)
-    k, x = pma(p.pma, x)
+        x = isab(block, x, added) if type(block) is ISAB else mab(block, x, x, added)
+    k, x = pma(p.pma, x, added)
     for block in p.decoder:
-        x = mab(block, x, x)
+        x = mab(block, x, x, added)
     return (*batch, k, affine(p.output, x))
 
 
@@ -280,20 +302,38 @@ def _depth(p: Perceiver, depth: int | None) -> None:
     need(depth is None or depth >= max(len(p.cross_attentions), len(p.latent_transformers)))
 
 
-def _perceiver(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
-    batch, _, y = _one_set(arrays, keywords)
-    out = perceiver(p, y, keywords.get("query_residual", True))
+def _encoder(x: Any, p: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int]]:
+    """Return the batch, the shape of the embedded inputs and that of the latents."""
+    need(type(p) is Perceiver)
+    if type(p.input) is InputEmbedding and not absent(p.input.tokens):
+        need(len(x.shape) >= 1)
+        batch, n, y = tuple(x.shape[:-1]), x.shape[-1], 1
+    else:
+        batch, n, y = set_of(x)
+    _masks(keywords, mask=(*batch, n))
+    y = embedded(p.input, n, y)
+    z = perceiver(p, y, keywords.get("query_residual", True))
     _depth(p, keywords.get("depth"))
-    return (*batch, *out)
+    return batch, (n, y), z
+
+
+def _perceiver(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
+    batch, _, (m, z) = _encoder(arrays[0], p, keywords)
+    if absent(p.head):
+        return (*batch, m, z)
+    need(type(p.head) is MeanHead and type(p.head.output) is Linear)
+    norm(p.head.norm, z)
+    return (*batch, affine(p.head.output, z))
 
 
 def _perceiver_io(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
-    (batch, n, y), (q_batch, o, q) = map(set_of, arrays)
-    shared(q_batch, batch)
-    _masks(keywords, mask=(*batch, n))
     need(type(p) is PerceiverIO)
-    _, z = perceiver(p.encoder, y, keywords.get("query_residual", True))
-    _depth(p.encoder, keywords.get("depth"))
+    batch, y, (_, z) = _encoder(arrays[0], p.encoder, keywords)
+    need(absent(p.encoder.head))
+    o, q = y if absent(p.queries) else shape(p.queries, 2)
+    if len(arrays) > 1:
+        q_batch, o, q = set_of(arrays[1])
+        shared(q_batch, batch)
     out = cross_attention(p.decoder, q, z, keywords.get("decoder_residual", False))
     return (*batch, o, affine(p.output, out))
 

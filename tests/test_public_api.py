@@ -62,8 +62,8 @@ def test_version():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_documented(name):
     doc = NumpyDocString(inspect.getdoc(FUNCTIONS[name]))
-    sections = ["Summary", "Returns", "Raises", "Examples"]
-    sections += ["Parameters"] if inspect.signature(FUNCTIONS[name]).parameters else []
+    sections = ["Summary", "Returns", "Examples"]
+    sections += ["Parameters", "Raises"] if inspect.signature(FUNCTIONS[name]).parameters else []
     sections += ["Notes"] if name in BLOCKS else []
     for section in sections:
         assert doc[section], f"{name} lacks {section}"
@@ -292,18 +292,25 @@ LAYERS = [
     {"_namespace"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
-    {"_structure", "_layers", "_init/_draw"},
-    {"_context", "_init/_layers"},
+    {"_structure", "_positions", "_layers", "_init/_draw"},
+    {"_embedding", "_init/_layers"},
+    {"_context"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_set_transformer", "_perceiver", "_flamingo"},
+    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_flamingo"},
+    {"_perceiver", "_set_transformer"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"checkpoints/__init__", "checkpoints/_block", "checkpoints/_safetensors", "checkpoints/_npz"},
     {"checkpoints/_layout", "checkpoints/_sources"},
     {"checkpoints/_weights", "checkpoints/_canonical"},
     {"checkpoints/_torch"},
-    {"checkpoints/pooling"},
+    {
+        "checkpoints/pooling",
+        "checkpoints/set_transformer",
+        "checkpoints/perceiver_lucidrains",
+        "checkpoints/perceiver_krasserm",
+    },
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
     {"checkpoints/_fit"},

@@ -233,6 +233,13 @@ class ErrorAnalysis(oracle.Oracle):
             h, t = h + np.abs(y), t + self.fresh(y, x.v)
         return Tracked(y, h, t)
 
+    def mean(self, x):
+        m, v = x.shape[0], x.v.mean(axis=0, keepdims=True)
+        squares, size = (x.v**2).sum(axis=0, keepdims=True), np.abs(x.v).mean(axis=0, keepdims=True)
+        noise = np.sqrt(_sum_variance(squares, (m * v) ** 2, m)) / m
+        t = x.t.mean(axis=1, keepdims=True) + self.fresh(noise, v) + self.fresh(v, v)
+        return Tracked(v, x.h.mean(axis=0, keepdims=True) + (m - 1) * size + np.abs(v) + self.tiny, t)
+
     def act(self, x):
         z, name = x.v, self.activation
         f = np.asarray(super().act(z), dtype=np.float64).reshape(z.shape)
