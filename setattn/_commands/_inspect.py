@@ -58,8 +58,13 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     dtypes = [f"{name} ({_number(s.tensors, 'tensor')}, {_size(s.nbytes)})" for name, s in report.dtypes.items()]
     yield f"dtypes   {', '.join(dtypes) or 'none'}"
     for place in report.places:
-        yield ""
-        yield from _place(args, place)
+        if place.part_of is None:
+            yield ""
+            yield from _place(args, place)
+            inner = [part for part in report.places if part.part_of in place.prefixes]
+            if inner:
+                yield "parts of it that can be loaded on their own, by their prefix"
+            yield from (f"  {p.function:22} {p.layout:22} {listed(p.prefixes)}" for p in inner)
     if report.places:
         return
     yield ""
@@ -83,8 +88,9 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
         yield f"where    {times} {listed(place.prefixes)}"
     each = " each" if len(place.prefixes) > 1 else ""
     yield f"block    {place.function}, {place.parameters} parameters{each}"
-    for name, shape in _parts(place):
-        yield f"  {name:40} {shape}"
+    parts = dict(_parts(place))
+    width = max(map(len, parts))
+    yield from (f"  {name:{width}}  {shape}" for name, shape in parts.items())
     if place.settings:
         yield "options"
     for name, value, origin, about in place.settings:

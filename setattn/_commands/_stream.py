@@ -14,6 +14,7 @@ from setattn._commands._errors import CommandError, first_line
 from setattn._commands._weights import in_words
 from setattn._errors import ArgumentError
 from setattn._params import is_absent, map_params
+from setattn._structure import token_table
 from setattn._typing import Namespace
 from setattn.checkpoints._block import Block
 
@@ -85,8 +86,7 @@ def dtype_of(block: Block) -> np.dtype[Any]:
 
 def takes_tokens(block: Block) -> bool:
     """Say whether the inputs of a block are integers, which name rows of a table."""
-    encoder = getattr(block.params, "encoder", block.params)
-    return not is_absent(getattr(getattr(encoder, "input", ()), "tokens", ()))
+    return not is_absent(token_table(block.params))
 
 
 def axes_of(block: Block, position: int) -> int:

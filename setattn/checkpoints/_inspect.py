@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ class Place(NamedTuple):
     parameters: int  # of one block
     settings: tuple[Setting, ...]
     call: str  # Python that loads the first of them
+    part_of: str | None = None  # prefix of the larger block that it is a part of
 
 
 class Miss(NamedTuple):
@@ -94,19 +95,26 @@ def examine(source: Any, *, config: Any = None, prefix: str | None = None) -> Re
         return Report(len(opened.shapes), dtypes, (_saved(opened, file),), ())
     known = read_config(config, opened.folder)
     found = fits(opened.shapes, {}, known, prefix=prefix)
-    good = [f for f in found if f.is_whole and not f.problems]
-    alike: dict[tuple[str, str, str], list[Place]] = {}
-    for f in sorted(good, key=lambda f: -len(f.used)):  # stable: a whole model before its parts
-        call = _call(file, f, opened, known, config)
-        place = _place(f, opened.shapes, known, call)
-        alike.setdefault((place.layout, place.function, str(place.parts)), []).append(place)
-    places = []
-    for several in alike.values():
-        by_prefix = {place.prefixes[0]: place for place in several}
-        groups = grouped(by_prefix)
-        places += [by_prefix[group[0]]._replace(prefixes=tuple(group)) for group in groups.values()]
+    places = [
+        _place(several[0], opened.shapes, known, _call(file, several[0], opened, known, config))._replace(
+            prefixes=tuple(f.prefix for f in several), part_of=outer
+        )
+        for several, outer in _alike([f for f in found if f.is_whole and not f.problems], opened)
+    ]
     misses = [] if places else [_miss(f) for f in found if f.used]
     return Report(len(opened.shapes), dtypes, tuple(places), tuple(misses))
+
+
+def _alike(good: list[Fit], source: Source) -> Iterator[tuple[list[Fit], str | None]]:
+    """Group what fits at places that differ in one number, each with the place of a larger block it is a part of."""
+    groups: dict[Any, list[Fit]] = {}
+    for f in sorted(good, key=lambda f: -len(f.used)):  # stable: a whole model before its parts
+        outer = min((g.prefix for g in good if {*g.used} > {*f.used}), key=len, default=None)
+        tensors = tuple(sorted((n.removeprefix(f.prefix), source.shapes[n], source.dtype(n)) for n in f.used))
+        groups.setdefault((f.layout.name, tensors, outer), []).append(f)
+    for (*_, outer), several in groups.items():
+        by_prefix = {f.prefix: f for f in several}
+        yield from (([by_prefix[prefix] for prefix in group], outer) for group in grouped(by_prefix).values())
 
 
 def _width(dtype: str) -> int:

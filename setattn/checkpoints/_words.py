@@ -14,7 +14,7 @@ from setattn._params import is_absent
 from setattn._typing import Shape
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout
-from setattn.checkpoints._weights import Findings, Weights
+from setattn.checkpoints._weights import Axis, Findings, Weights
 
 
 class Dim(NamedTuple):
@@ -67,73 +67,86 @@ def name_dims(
     block, _ = _built(layout, shapes, prefix, values)
     plain = {path: tuple(Dim(n, "") for n in a.shape) for path, a in arrays_of(block.params)}
     counts = [o.name for o in layout.options if o.kind is int and values[o.name] is not None]
-    for replaced in [counts, []] if counts else [[]]:
-        named = _named(layout, shapes, prefix, values, replaced, unknown, plain)
-        if named is not None:
-            return block, named
-    return block, plain
+    counts = [
+        name for name in counts if _like(layout, shapes, prefix, values, [name], plain)
+    ]  # none of how many layers
+    like = _like(layout, shapes, prefix, values, counts, plain) or _like(layout, shapes, prefix, values, [], plain)
+    if like is None:
+        return block, plain
+    primes, words = like[0], _words(*like[1:], unknown)
+
+    def dim(size: int | None, prime: int) -> Dim:
+        name, is_hidden = words.get(prime, ("", False))
+        return Dim(None if is_hidden else size, name)
+
+    named = {
+        path: tuple(dim(d.size, p) for d, p in zip(dims, primes[path], strict=True)) for path, dims in plain.items()
+    }
+    return block, named
 
 
-def _named(
+class _Like(NamedTuple):
+    """A block with primes in the place of sizes: its shapes, what the primes stand for, and the axes of its tensors."""
+
+    shapes: dict[str, Shape]
+    options: dict[str, int]
+    symbols: dict[str, int]
+    axes: dict[str, tuple[Axis, ...]]
+
+
+def _like(
     layout: Layout,
     shapes: Mapping[str, Shape],
     prefix: str,
     values: Mapping[str, Any],
     replaced: list[str],
-    unknown: set[str],
     plain: dict[str, tuple[Dim, ...]],
-) -> dict[str, tuple[Dim, ...]] | None:
-    """Name dimensions with primes also for some options; ``None`` where the layout takes other tensors then."""
+) -> _Like | None:
+    """Build a block with primes, also for some of the options; ``None`` where it comes out with other arrays then."""
     primes = _primes()
     options = {name: next(primes) for name in replaced}
-    given = {**values, **options}
+    every = math.prod(options.values())  # so that a width can be divided by any of them
+    symbols: dict[str, int] = {}
+    made = dict(shapes)
     try:
-        _, findings = _built(layout, shapes, prefix, given)
-        every = math.prod(options.values())  # so that a width can be divided by any of them
-        symbols: dict[str, int] = {}
-        made = dict(shapes)
-        for name, axes in findings.axes.items():
-            sizes = []
-            for axis in axes:
-                parts = [axis] if isinstance(axis, int | str) else axis
-                for part in parts:
-                    if isinstance(part, str) and part not in symbols:
-                        symbols[part] = next(primes) * every
-                sizes.append(math.prod(part if isinstance(part, int) else symbols[part] for part in parts))
-            if name in shapes:
-                made[name] = tuple(sizes)
-        other, _ = _built(layout, made, prefix, given)
+        for _ in range(3):  # how an axis is divided may depend on what divides the width
+            block, findings = _built(layout, made, prefix, {**values, **options})
+            for name, axes in findings.axes.items():
+                if name in made:
+                    made[name] = tuple(_size(axis, symbols, every, primes) for axis in axes)
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
         return None
-    shaped = {path: a.shape for path, a in arrays_of(other.params)}
-    if {path: len(shape) for path, shape in shaped.items()} != {path: len(dims) for path, dims in plain.items()}:
+    found = {path: a.shape for path, a in arrays_of(block.params)}
+    if {path: len(shape) for path, shape in found.items()} != {path: len(dims) for path, dims in plain.items()}:
         return None
-    # A size that lies beside an option that is not known, in one axis of the file, is not known either.
-    open_options = {options[name] for name in unknown if name in options}
-    hidden = {
-        part
-        for axes in findings.axes.values()
-        for axis in axes
-        if not isinstance(axis, int | str) and open_options & {part for part in axis if isinstance(part, int)}
-        for part in axis
-        if isinstance(part, str)
-    }
-    words = {size: (symbol.rpartition(".")[2].rpartition("/")[2], symbol in hidden) for symbol, size in symbols.items()}
-    words |= {
-        size // prime: (f"{symbol.rpartition('.')[2]} / {name}", name in unknown)
-        for symbol, size in symbols.items()
-        for name, prime in options.items()
-    }
-    words |= {prime: (name, name in unknown) for name, prime in options.items()}
+    return _Like(found, options, symbols, findings.axes)
 
-    def dim(size: int, prime: int) -> Dim:
-        name, is_hidden = words.get(prime, ("", False))
-        return Dim(None if is_hidden else size, name)
 
-    def known(dims: tuple[Dim, ...], shape: Shape) -> tuple[Dim, ...]:
-        return tuple(dim(d.size or 0, p) for d, p in zip(dims, shape, strict=True))
+def _size(axis: Axis, symbols: dict[str, int], every: int, primes: Iterator[int]) -> int:
+    """Return the size of an axis, with a prime for each of its names."""
+    parts = [axis] if isinstance(axis, int | str) else axis
+    for part in parts:
+        if isinstance(part, str) and part not in symbols:
+            symbols[part] = next(primes) * every
+    return math.prod(part if isinstance(part, int) else symbols[part] for part in parts)
 
-    return {path: known(dims, shaped[path]) for path, dims in plain.items()}
+
+def _words(
+    options: dict[str, int], symbols: dict[str, int], axes: dict[str, tuple[Axis, ...]], unknown: set[str]
+) -> dict[int, tuple[str, bool]]:
+    """Return what numbers stand for, and whether that is a size that is not known.
+
+    What lies beside an option that is not known, in one axis of a tensor, is not known either.
+    """
+    guesses = {options[name] for name in unknown if name in options}
+    divided = [axis for its in axes.values() for axis in its if not isinstance(axis, int | str) and guesses & {*axis}]
+    hidden = {part for axis in divided for part in axis}
+    words: dict[int, tuple[str, bool]] = {}
+    for symbol, size in symbols.items():
+        name = symbol.rpartition(".")[2].rpartition("/")[2]
+        words |= {size // prime: (f"{name} / {option}", option in unknown) for option, prime in options.items()}
+        words[size] = (name, symbol in hidden)
+    return words | {prime: (option, option in unknown) for option, prime in options.items()}
 
 
 def _built(
