@@ -33,6 +33,7 @@ class Findings:
         self.missing: list[str] = []
         self.problems: list[str] = []
         self.sizes: dict[str, Size] = {}
+        self.axes: dict[str, tuple[Axis, ...]] = {}  # of the tensors, as they were asked for
 
 
 class Weights:
@@ -157,6 +158,7 @@ class Weights:
     def _take(self, key: str, axes: Sequence[Axis]) -> Array:
         """Return a tensor as it is, or a hole in its place."""
         name = self._prefix + key
+        self._f.axes.setdefault(name, tuple(axes))
         if name not in self._f.shapes:
             if name not in self._f.missing:
                 self._f.missing.append(name)
