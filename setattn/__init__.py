@@ -34,6 +34,7 @@ from setattn._init import (
     init_pma,
     init_set_transformer,
 )
+from setattn._mab import mab, sab
 from setattn._order import Order
 from setattn._params import (
     ISAB,
@@ -46,6 +47,7 @@ from setattn._params import (
     GatedCrossAttention,
     InputEmbedding,
     LayerNorm,
+    LengthScale,
     Linear,
     MeanHead,
     Perceiver,
@@ -60,7 +62,7 @@ from setattn._params import (
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention, latent_transformer
 from setattn._positions import fourier_features
-from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import save
 from setattn.checkpoints._layout import Layout
@@ -85,6 +87,7 @@ __all__ = [
     "InputEmbedding",
     "LayerNorm",
     "Layout",
+    "LengthScale",
     "Linear",
     "MaskError",
     "MeanHead",

@@ -160,7 +160,7 @@ class Drawn(Case):
             extra = sum(not is_absent(e) for e in (self.params.frame_embedding, self.params.media_embedding))
             return (2 + extra,), {"mask": 1 + extra}
         if self.function == "gated_cross_attention":
-            return (2, 3), {"mask": 2, "media_locations": 1}
+            return (2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}
         return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1}
 
     @property
@@ -330,8 +330,8 @@ _NORMS = ("layer", "rms", "none")
 class Maker:
     """Makes parts of blocks at random, with every parameter away from where it usually starts."""
 
-    def __init__(self, draw: st.DrawFn, s: Sizes, rng: np.random.Generator):
-        self.draw, self.s, self.rng = draw, s, rng
+    def __init__(self, draw: st.DrawFn, s: Sizes, rng: np.random.Generator, lengths: bool = True):
+        self.draw, self.s, self.rng, self.lengths = draw, s, rng, lengths
 
     def one_of(self, *options: Any) -> Any:
         return self.draw(st.sampled_from(options))
@@ -359,6 +359,20 @@ class Maker:
         gate = self.linear(dim, self.s.hidden) if kind == "gated" else ()
         return FeedForward(self.linear(dim, self.s.hidden), self.linear(self.s.hidden, dim), gate)
 
+    def length_scale(self, heads: int, head_dim: int) -> Any:
+        """A factor that depends on the size of the set, in one case of four; factors are around 1."""
+        if not self.lengths or not self.one_of(False, False, False, True):
+            return ()
+        width = self.one_of(heads, heads * head_dim)
+        base = self.linear(1, width)
+        if self.one_of(True, False):
+            base = FeedForward(self.linear(1, self.s.hidden), self.linear(self.s.hidden, width))
+        query = ()
+        if self.one_of(True, False):
+            hidden = self.linear(head_dim, self.s.hidden)
+            query = FeedForward(hidden, self.linear(self.s.hidden, self.one_of(1, head_dim)))
+        return setattn.LengthScale(base, query)
+
     def attention(
         self, dim: int, dim_y: int, dim_out: int | None = None, full: bool = False, bare: bool = False
     ) -> setattn.Attention:
@@ -385,30 +399,34 @@ class Maker:
             output=() if no_output else Linear(weight, 0.3 * self.rng.normal(size=dim_out) if bias else ()),
             query_norm=self.norm(head_dim, head_norm),
             key_norm=self.norm(head_dim, head_norm),
+            length_scale=self.length_scale(dim // head_dim if official else s.heads, head_dim),
         )
 
-    def mab(self, dim_x: int, dim_y: int) -> setattn.MAB:
+    def mab(self, dim_x: int, dim_y: int, dim_out: int | None = None) -> setattn.MAB:
+        """A block of the model's width, or one whose attention changes it to `dim_out` and adds no queries."""
         dim = self.s.dim
+        width = dim if dim_out is None else dim_out
         project = self.linear(dim_x, dim) if dim_x != dim or self.one_of(False, True) else ()
         before, after = self.one_of(("none", "layer"), ("layer", "none"), ("none", "none"), ("rms", "none"))
         return setattn.MAB(
-            attention=self.attention(dim, dim_y),
-            ff=self.feed_forward(dim),
+            attention=self.attention(dim, dim_y, dim_out, full=dim_out is not None),
+            ff=self.feed_forward(width),
             project=project,
             query_norm=self.norm(dim, before),
             context_norm=self.norm(dim_y, before),
-            attention_norm=self.norm(dim, after),
-            ff_norm=self.norm(dim, before),
-            output_norm=self.norm(dim, after),
+            attention_norm=self.norm(width, after),
+            ff_norm=self.norm(width, before),
+            output_norm=self.norm(width, after),
         )
 
-    def isab(self, dim_x: int) -> setattn.ISAB:
-        inducing = self.weight(self.s.learned, self.s.dim, inputs=1)
-        return setattn.ISAB(inducing, self.mab(self.s.dim, dim_x), self.mab(dim_x, self.s.dim))
+    def isab(self, dim_x: int, dim_out: int | None = None) -> setattn.ISAB:
+        inducing, dim = self.weight(self.s.learned, self.s.dim, inputs=1), self.s.dim
+        between = dim if dim_out is None else dim_out
+        return setattn.ISAB(inducing, self.mab(dim, dim_x, dim_out), self.mab(dim_x, between, dim_out))
 
-    def pma(self, dim_x: int) -> setattn.PMA:
+    def pma(self, dim_x: int, dim_out: int | None = None) -> setattn.PMA:
         seeds = self.weight(self.s.learned, self.s.dim, inputs=1)
-        return setattn.PMA(seeds, self.mab(self.s.dim, dim_x), self.feed_forward(dim_x))
+        return setattn.PMA(seeds, self.mab(self.s.dim, dim_x, dim_out), self.feed_forward(dim_x))
 
     def cross_attention(self, dim: int, dim_y: int, dim_out: int | None = None) -> setattn.CrossAttention:
         width = dim if dim_out is None else dim_out
@@ -452,14 +470,23 @@ def _attention(m: Maker, bare: bool = False) -> _Parts:
     s, b = m.s, m.s.batch
     params = m.attention(s.dim, s.dim_y, s.dim_out, bare=bare)
     shapes = {"mask": (*b, s.n), "pair_mask": (*b, s.m, s.n)}
-    return _Parts((_queried(m, s.dim), (*b, s.n, s.dim_y)), params, shapes, {}, 1)
+    options = {} if is_absent(params.length_scale) else {"activation": m.one_of(*ACTIVATIONS)}
+    return _Parts((_queried(m, s.dim), (*b, s.n, s.dim_y)), params, shapes, options, 1)
 
 
 def _mab(m: Maker) -> _Parts:
     s, b = m.s, m.s.batch
     x = _queried(m, s.dim_out)
     shapes = {"mask": (*b, s.n), "pair_mask": (*b, s.m, s.n), "query_mask": x[:-1]}
-    return _Parts((x, (*b, s.n, s.dim_y)), m.mab(s.dim_out, s.dim_y), shapes, {"activation": m.one_of(*ACTIVATIONS)}, 1)
+    width, options = _residual(m)
+    options["activation"] = m.one_of(*ACTIVATIONS)
+    return _Parts((x, (*b, s.n, s.dim_y)), m.mab(s.dim_out, s.dim_y, width), shapes, options, 1)
+
+
+def _residual(m: Maker) -> tuple[int | None, dict[str, Any]]:
+    """Choose whether queries are added to an attention, and where they are not, the width it has of its own."""
+    residual = m.one_of(True, False)
+    return None if residual else m.s.hidden, {"query_residual": residual}
 
 
 def _of_a_set(dim: str, build: Callable[[Maker], Any], masked: bool = True) -> Callable[[Maker], _Parts]:
@@ -470,7 +497,16 @@ def _of_a_set(dim: str, build: Callable[[Maker], Any], masked: bool = True) -> C
     return parts
 
 
-def _set_transformer(m: Maker) -> setattn.SetTransformer:
+def _of_a_set_and_queries(build: Callable[[Maker, int | None], Any]) -> Callable[[Maker], _Parts]:
+    def parts(m: Maker) -> _Parts:
+        width, options = _residual(m)
+        drawn = _of_a_set("dim_y", lambda m: build(m, width))(m)
+        return drawn._replace(options=drawn.options | options)
+
+    return parts
+
+
+def _set_transformer(m: Maker, _: int | None) -> setattn.SetTransformer:
     count, dim = m.one_of(1, 3, 0, 2), m.s.dim_y
     encoder = []
     for _ in range(count):
@@ -544,8 +580,9 @@ def _gated_cross_attention(m: Maker) -> _Parts:
     params = setattn.GatedCrossAttention(
         m.cross_attention(s.dim, s.dim_y), 0.5 + m.weight(width, inputs=1), m.weight(width, inputs=1) - 0.5
     )
-    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m)}
-    options = {"immediate": m.one_of(True, False), "activation": m.one_of(*ACTIVATIONS)}
+    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m), "pair_mask": (*b, s.m, s.media)}
+    options = {key: m.one_of(True, False) for key in ("immediate", "ff_without_media")}
+    options["activation"] = m.one_of(*ACTIVATIONS)
     return _Parts((_queried(m, s.dim), (*b, s.media, s.n, s.dim_y)), params, shapes, options, 1)
 
 
@@ -553,10 +590,10 @@ _BUILDERS: dict[str, Callable[[Maker], _Parts]] = {
     "attention": _attention,
     "attention_weights": _attention,
     "mab": _mab,
-    "sab": _of_a_set("dim_y", lambda m: m.mab(m.s.dim_y, m.s.dim_y)),
-    "isab": _of_a_set("dim_y", lambda m: m.isab(m.s.dim_y)),
-    "pma": _of_a_set("dim_y", lambda m: m.pma(m.s.dim_y)),
-    "set_transformer": _of_a_set("dim_y", _set_transformer),
+    "sab": _of_a_set_and_queries(lambda m, width: m.mab(m.s.dim_y, m.s.dim_y, width)),
+    "isab": _of_a_set_and_queries(lambda m, width: m.isab(m.s.dim_y, width)),
+    "pma": _of_a_set_and_queries(lambda m, width: m.pma(m.s.dim_y, width)),
+    "set_transformer": _of_a_set_and_queries(_set_transformer),
     "attention_pool": _of_a_set("dim_y", _attention_pool),
     "cross_attention": _cross_attention,
     "latent_transformer": _of_a_set("dim", lambda m: m.self_attentions(m.one_of(1, 3, 2)), masked=False),
@@ -583,18 +620,20 @@ def blocks(
     scales: tuple[float | None, ...] = SCALES,
     some: bool = False,
     only: tuple[str, ...] | None = None,
+    lengths: bool = True,
     **details: Any,
 ) -> Drawn:
     """Draw a valid call of a public function.
 
     `least` to `most` elements, `batch` axes of batch, `some` elements masked; `only` names the masks that there may be,
-    and `details` go to the builder of the function's parameters.
+    `lengths` says whether the number of elements may matter beside their values, and `details` go to the builder of the
+    function's parameters.
     """
     s = draw(sizes(least=least, batch=batch, most=most))
     dtype, ladder, scale = (draw(st.sampled_from(pool)) for pool in (dtypes, ladders, scales))
     seed = draw(seeds)
     rng = np.random.default_rng(seed)
-    parts = _BUILDERS[name](Maker(draw, s, rng), **details)
+    parts = _BUILDERS[name](Maker(draw, s, rng, lengths), **details)
     ladders_of = [ladder if i == parts.elements else "normal" for i in range(len(parts.arrays))]
     arrays = tuple(values(rng, *one).astype(dtype) for one in zip(parts.arrays, ladders_of, strict=True))
     drawn = {}

@@ -18,6 +18,7 @@ from numpydoc.docscrape import NumpyDocString
 from numpydoc.validate import validate
 
 import setattn
+from setattn.checkpoints._registry import FAMILIES
 
 ROOT = Path(setattn.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
@@ -62,8 +63,8 @@ def test_version():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_documented(name):
     doc = NumpyDocString(inspect.getdoc(FUNCTIONS[name]))
-    sections = ["Summary", "Returns", "Raises", "Examples"]
-    sections += ["Parameters"] if inspect.signature(FUNCTIONS[name]).parameters else []
+    sections = ["Summary", "Returns", "Examples"]
+    sections += ["Parameters", "Raises"] if inspect.signature(FUNCTIONS[name]).parameters else []
     sections += ["Notes"] if name in BLOCKS else []
     for section in sections:
         assert doc[section], f"{name} lacks {section}"
@@ -297,16 +298,15 @@ LAYERS = [
     {"_context"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_set_transformer", "_perceiver_layers", "_flamingo"},
-    {"_perceiver"},
+    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_flamingo"},
+    {"_perceiver", "_set_transformer"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"checkpoints/__init__", "checkpoints/_block", "checkpoints/_safetensors", "checkpoints/_npz"},
     {"checkpoints/_layout", "checkpoints/_sources"},
     {"checkpoints/_weights", "checkpoints/_canonical", "checkpoints/_perceiver_names"},
     {"checkpoints/_torch"},
-    {"checkpoints/pooling", "checkpoints/perceiver"},
-    {"checkpoints/perceiver_lucidrains", "checkpoints/perceiver_krasserm"},
+    {f"checkpoints/{family}" for family in FAMILIES},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
     {"checkpoints/_fit"},

@@ -7,7 +7,7 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES: tuple[str, ...] = ("pooling", "perceiver", "perceiver_lucidrains", "perceiver_krasserm")
+FAMILIES = ("gated", "perceiver", "perceiver_krasserm", "perceiver_lucidrains", "pooling", "set_transformer", "tabular")
 
 
 @functools.cache
@@ -24,11 +24,6 @@ def layouts() -> dict[str, Layout]:
     dict of str to Layout
         Each layout by its name, which is the value of ``layout=``, with the implementation it is of, the functions its
         blocks call and its options.
-
-    Raises
-    ------
-    ImportError
-        Never, unless files of the library are missing.
 
     Examples
     --------

@@ -22,8 +22,8 @@ _EPS = 1e-5  # of every norm; the package has no argument for it
 
 
 def _attention(w: Weights, dim: str, context: str, heads: int, kind: str) -> Attention:
-    scores: list[int | str] = [heads, f"head width of {kind} queries"]
-    values: list[int | str] = [heads, f"head width of {kind} values"]
+    scores: list[int | str] = [heads, f"{kind}_qk_head_dim"]
+    values: list[int | str] = [heads, f"{kind}_v_head_dim"]
     return Attention(
         w.linear("q_proj", [dim], scores),
         w.linear("k_proj", [context], scores),
@@ -33,7 +33,7 @@ def _attention(w: Weights, dim: str, context: str, heads: int, kind: str) -> Att
 
 
 def _feed_forward(w: Weights, dim: str, kind: str) -> tuple[FeedForward, LayerNorm]:
-    hidden = f"hidden of {kind}"
+    hidden = f"{kind}_hidden"
     ff = FeedForward(w.linear("1", [dim], [hidden]), w.linear("3", [hidden], [dim]))
     return ff, w.layer_norm("0", dim)
 
@@ -90,9 +90,10 @@ def _encoder(
         latent.append(_self_attentions(w.at("self_attn_n"), self_heads))
         if blocks == 1:
             w.refuse("no self_attn_n, as num_self_attention_blocks=1 says")
-    left_out: tuple[Absent, ...] = ((),) if blocks > cross_layers else ()
-    steps = (cross, *[further] * (cross_layers - 1), *left_out)
-    return Perceiver(latents, steps, tuple(latent), _input(w.at("input_adapter"))), {"depth": blocks}
+    steps: list[CrossAttention | Absent] = [cross, *[further] * (cross_layers - 1)]
+    if blocks > cross_layers:
+        steps.append(())
+    return Perceiver(latents, tuple(steps), tuple(latent), _input(w.at("input_adapter"))), {"depth": blocks}
 
 
 def _output(w: Weights) -> Linear | Absent:
@@ -129,7 +130,7 @@ def _perceiver_io(
         encoder=encoder,
         decoder=_cross_attention(w.at("1.cross_attn"), "queries", "dim", num_decoder_attention_heads, "decoder"),
         output=_output(w),
-        queries=w.array(queries[0], "outputs of a set", "queries") if queries else (),
+        queries=w.array(queries[0], "output_queries", "queries") if queries else (),
     )
     residual = w.has("1.cross_attn.0.module")
     return Block("perceiver_io", params, {**options, "decoder_residual": residual, "activation": "gelu", "eps": _EPS})

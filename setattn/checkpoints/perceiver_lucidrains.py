@@ -37,7 +37,7 @@ def _cross_attention(w: Weights, names: tuple[str, str], dim: str, context: str,
     ff: FeedForward | Absent = ()
     ff_norm: LayerNorm | Absent = ()
     if names[1] != "decoder_ff" or w.has(names[1]):
-        ff, ff_norm = _feed_forward(w.at(names[1]), dim, f"hidden of {dim}")
+        ff, ff_norm = _feed_forward(w.at(names[1]), dim, f"{dim}_hidden")
     return CrossAttention(
         attention=_attention(a.at("fn"), dim, context, heads, "cross_head_dim"),
         ff=ff,
@@ -50,7 +50,7 @@ def _cross_attention(w: Weights, names: tuple[str, str], dim: str, context: str,
 def _self_attention(w: Weights, heads: int) -> SelfAttention:
     a = w.at("0")
     attention = _attention(a.at("fn"), "dim", "dim", heads, "latent_head_dim")
-    ff, ff_norm = _feed_forward(w.at("1"), "dim", "hidden of dim")
+    ff, ff_norm = _feed_forward(w.at("1"), "dim", "dim_hidden")
     return SelfAttention(attention, ff, a.layer_norm("norm", "dim"), ff_norm)
 
 
@@ -58,7 +58,7 @@ def _layers(w: Weights, depth: int | None) -> list[Weights]:
     """Return the layers that are there; of tied ones a file may hold the first alone."""
     count = w.count("layers")
     if depth is not None and depth < count:
-        w.refuse(f"at most {depth} layers, as depth={depth} says, not {count}")
+        w.refuse(f"at most depth={depth} layers, not {count}")
     residuals = ["attn_residuals", *[f"layers.{i}.{j}.to_attn_logits" for i in range(count) for j in (2, 3)]]
     if any(map(w.has, residuals)):
         w.ignore(*residuals)
