@@ -304,7 +304,7 @@ LAYERS = [
     {"_init/__init__"},
     {"checkpoints/__init__", "checkpoints/_block", "checkpoints/_safetensors", "checkpoints/_npz"},
     {"checkpoints/_layout", "checkpoints/_sources"},
-    {"checkpoints/_weights", "checkpoints/_canonical"},
+    {"checkpoints/_weights", "checkpoints/_canonical", "checkpoints/_perceiver_names"},
     {"checkpoints/_torch"},
     {f"checkpoints/{family}" for family in FAMILIES},
     {"checkpoints/_registry"},
