@@ -15,7 +15,7 @@ from setattn._errors import (
     ParameterError,
     ShapeError,
 )
-from setattn._flamingo import gated_cross_attention, perceiver_resampler
+from setattn._flamingo import gated_cross_attention
 from setattn._init import (
     init_attention,
     init_attention_pool,
@@ -55,6 +55,7 @@ from setattn._params import (
     map_params,
 )
 from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
+from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
 
 __version__ = "0.1.0"

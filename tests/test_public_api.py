@@ -290,7 +290,7 @@ LAYERS = [
     {"_context", "_init/_layers"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_set_transformer", "_perceiver", "_flamingo"},
+    {"_attention", "_attention_pool", "_set_transformer", "_perceiver", "_resampler", "_flamingo"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"__init__"},
