@@ -264,6 +264,16 @@ class ErrorAnalysis(oracle.Oracle):
         h = x.h * np.abs(y.v) + y.h * np.abs(x.v) + self.u * x.h * y.h + np.abs(v) + self.tiny
         return Tracked(v, h, x.t * y.v + x.v * y.t + self.u * x.t * y.t + self.fresh(v, v))
 
+    def mean(self, x):
+        """A sum of n terms, and a quotient that is exact where n is a power of two."""
+        n = max(x.shape[0], 1)
+        total = x.v.sum(axis=0, keepdims=True)
+        noise = np.sqrt(_sum_variance((x.v**2).sum(axis=0, keepdims=True), total**2, n))
+        v, own = total / n, float(n & (n - 1) > 0)
+        t = (x.t.sum(axis=1, keepdims=True) + self.fresh(noise, total)) / n + own * self.fresh(v, v)
+        h = (x.h + (n - 1) * np.abs(x.v) + self.tiny).sum(axis=0, keepdims=True) / n + own * np.abs(v)
+        return Tracked(v, h, t)
+
     def gate(self, x, gate):
         g = np.tanh(gate.v)[None]
         return self.multiply(x, Tracked(g, 2 * np.abs(g), self.signs(g.shape) * g))  # tanh of libm: 2 u
