@@ -233,8 +233,9 @@ def test_frames_move_with_their_embeddings():
 
 def remembers_its_elements(params: setattn.Resampler) -> bool:
     """Say whether no norm is of fewer than 3 features, which would forget what they were."""
-    heads = [layer.attention.key.weight for layer in params.layers if not is_absent(layer.attention.key_norm)]
-    return min(params.latents.shape[-1], *(weight.shape[-1] for weight in heads), 3) >= 3
+    normed = [layer.attention.key.weight for layer in params.layers if not is_absent(layer.attention.key_norm)]
+    normed += [] if is_absent(params.output) else [params.output.weight]
+    return all(a.shape[-1] >= 3 for a in (params.latents, *normed))
 
 
 def swapping_frames_differs(case: Drawn) -> None:
