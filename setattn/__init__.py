@@ -8,6 +8,7 @@ from setattn._blocks import Plan
 from setattn._convert import convert_params
 from setattn._errors import (
     ArgumentError,
+    CheckpointError,
     DTypeError,
     MaskError,
     NamespaceError,
@@ -58,6 +59,11 @@ from setattn._params import (
 from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
 from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn.checkpoints._block import Block
+from setattn.checkpoints._canonical import save
+from setattn.checkpoints._layout import Layout
+from setattn.checkpoints._load import load
+from setattn.checkpoints._registry import layouts
 
 __version__ = "0.1.0"
 
@@ -68,11 +74,14 @@ __all__ = [
     "ArgumentError",
     "Attention",
     "AttentionPool",
+    "Block",
+    "CheckpointError",
     "CrossAttention",
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
     "LayerNorm",
+    "Layout",
     "Linear",
     "MaskError",
     "MeanLatents",
@@ -113,6 +122,8 @@ __all__ = [
     "init_set_transformer",
     "isab",
     "latent_transformer",
+    "layouts",
+    "load",
     "mab",
     "map_params",
     "perceiver",
@@ -120,5 +131,6 @@ __all__ = [
     "perceiver_resampler",
     "pma",
     "sab",
+    "save",
     "set_transformer",
 ]

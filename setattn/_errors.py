@@ -62,5 +62,18 @@ class OptionError(ArgumentError, ValueError):
     """A keyword argument outside its range."""
 
 
-for _error in (ArgumentError, ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError):
+class CheckpointError(ArgumentError, ValueError):
+    """A file or mapping of weights that is broken, or not of the layout it is read as."""
+
+
+for _error in (
+    ArgumentError,
+    ShapeError,
+    MaskError,
+    DTypeError,
+    NamespaceError,
+    ParameterError,
+    OptionError,
+    CheckpointError,
+):
     _error.__module__ = "setattn"  # the name a user can catch, which tracebacks then show

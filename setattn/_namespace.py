@@ -162,6 +162,15 @@ def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     return np.errstate(under="ignore") if name_of(xp) == "numpy" else contextlib.nullcontext()
 
 
+def all_finite(x: Array, xp: Namespace) -> bool:
+    """Say whether all numbers are finite; a sum of them, one pass without a copy, says so almost always."""
+    with np.errstate(all="ignore"):
+        # The sum of squares, a product of BLAS, is the fastest pass there is over NumPy's arrays.
+        fast = name_of(xp) == "numpy" and x.dtype in (np.float32, np.float64) and x.flags.c_contiguous
+        total = np.vdot(x, x) if fast else xp.sum(x)
+        return bool(xp.isfinite(total)) or bool(xp.all(xp.isfinite(x)))
+
+
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     """Multiply matrices, without asking NumPy for the floating-point flags.
 

@@ -1,11 +1,11 @@
-"""Files that are whole or not there."""
+"""Writing what the demo makes, or saying why that cannot be."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
+from setattn._files import whole_file
 from setattn.demo._errors import DemoError
 
 
@@ -29,18 +29,15 @@ def check_writable(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it, so that nobody ever finds half of it.
+    """Write a file whole or not at all.
 
     Raises
     ------
     DemoError
         If it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         raise DemoError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""How well the names of tensors fit the layouts, under which prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from setattn._typing import Shape
+from setattn.checkpoints._block import Block
+from setattn.checkpoints._layout import Layout
+from setattn.checkpoints._options import for_matching
+from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._weights import Findings, Weights
+
+
+class Fit(NamedTuple):
+    """What a layout finds under a prefix."""
+
+    layout: Layout
+    prefix: str
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    problems: tuple[str, ...]
+    block: Block
+
+    @property
+    def is_whole(self) -> bool:
+        """Say whether every tensor is there and none is left over."""
+        return not self.missing and not self.unexpected
+
+
+def fit(layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mapping[str, Any]) -> Fit:
+    """Match the names under a prefix with those of a layout."""
+    mine = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    findings = Findings(mine, None, layout.convention)
+    block = layout.build(Weights(findings, prefix), **options)
+    unexpected = tuple(name for name in mine if name not in findings.used)
+    return Fit(
+        layout, prefix, tuple(findings.used), tuple(findings.missing), unexpected, tuple(findings.problems), block
+    )
+
+
+def fits(
+    shapes: Mapping[str, Shape],
+    given: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    layout: Layout | None = None,
+    prefix: str | None = None,
+) -> list[Fit]:
+    """Match all layouts, or one, under a prefix, or under all that come into question; the best ones come first."""
+    found: list[Fit] = []
+    for candidate in layouts().values() if layout is None else (layout,):
+        options = for_matching(candidate, given, config)
+        places = _prefixes(candidate, shapes) if prefix is None else [prefix]
+        found.extend(fit(candidate, shapes, place, options) for place in places)
+    return sorted(found, key=lambda f: (-_share(f), f.prefix, f.layout.name))
+
+
+def _share(f: Fit) -> float:
+    return len(f.used) / max(len(f.used) + len(f.missing) + len(f.unexpected), 1)
+
+
+def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
+    """Return the prefixes under which a file has an anchor of a layout."""
+    separator = layout.convention.separator
+    places = {
+        name.removesuffix(anchor): None
+        for name in shapes
+        for anchor in layout.anchors
+        if name == anchor or name.endswith(separator + anchor)
+    }
+    return list(places)
+
+
+def listed(names: Iterable[str]) -> str:
+    """List names, those that differ in one number alone as one: ``layers.{0..5}.weight``."""
+    import re
+
+    pending = dict.fromkeys(names)
+    lines = []
+    while pending:
+        name = next(iter(pending))
+        parts = re.split(r"(?<![^./])(\d+)(?![^./])", name)
+        best = [name]
+        for i in range(1, len(parts), 2):
+            run, number = [], int(parts[i])
+            while (other := "".join([*parts[:i], str(number), *parts[i + 1 :]])) in pending:
+                run.append(other)
+                number += 1
+            if len(run) > len(best):
+                best = run
+                name = "".join([*parts[:i], f"{{{parts[i]}..{number - 1}}}", *parts[i + 1 :]])
+        for other in best:
+            del pending[other]
+        lines.append(name)
+    return ", ".join(lines)

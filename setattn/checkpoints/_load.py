@@ -1,0 +1,193 @@
+"""Loading weights of any known layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from setattn._convert import convert_params
+from setattn._errors import CheckpointError, DTypeError, OptionError
+from setattn._namespace import all_finite, bits_of, namespace_of, normalize_namespace
+from setattn._typing import Array, Namespace
+from setattn.checkpoints._block import Block
+from setattn.checkpoints._canonical import is_canonical, load_canonical
+from setattn.checkpoints._fit import Fit, fits, listed
+from setattn.checkpoints._layout import Layout
+from setattn.checkpoints._options import choose_options, read_config
+from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._sources import Source, open_source
+from setattn.checkpoints._weights import Findings, Weights
+
+
+def load(
+    source: Any,
+    /,
+    layout: str | None = None,
+    *,
+    prefix: str = "",
+    config: Any = None,
+    xp: Namespace | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    allow_nonfinite: bool = False,
+    **options: Any,
+) -> Block:
+    """Load a block from a weights file, or a mapping, of a known layout.
+
+    Parameters
+    ----------
+    source : path or mapping
+        A ``.safetensors`` or ``.npz`` file, or arrays of any library by their names, such as a ``state_dict()`` or a
+        tree of Flax or Haiku. Nothing in a file is ever executed; a pickled one is refused.
+    layout : str, optional
+        Name of the layout, one of :func:`layouts`, or ``"setattn"`` for what :func:`save` wrote. If not given it is
+        recognised by the names of the tensors, where exactly one layout has these.
+    prefix : str, default ""
+        What the names of the block's tensors begin with; tensors without it are left alone.
+    config : path or mapping, optional
+        A ``config.json`` of Hugging Face, or its content, to take options from; the one beside the file if not given.
+    xp : module, optional
+        The array library of the parameters; NumPy for a file, that of its arrays for a mapping.
+    device, dtype : optional
+        As for :func:`convert_params`. Tensors of bfloat16 stay so where the library has it, and become float32,
+        exactly, where it lacks it.
+    allow_nonfinite : bool, default False
+        Whether NaN and infinite weights are let through.
+    **options
+        What the shapes of the tensors do not say, such as ``num_heads``: the options of the layout.
+
+    Returns
+    -------
+    Block
+        The parameters and the options that the function takes, ready to be called. Arrays that are already as they are
+        needed are not copied.
+
+    Raises
+    ------
+    CheckpointError
+        If the source cannot be read, is broken, or is not of the layout. The message names every tensor that is
+        missing, unexpected or of a wrong shape, and the prefix or the layout that would fit.
+    OptionError
+        If an option is unknown, missing or out of its range.
+    DTypeError, NamespaceError
+        If the tensors are of several dtypes and none is asked for, or cannot be converted.
+
+    See Also
+    --------
+    layouts : The known layouts and their options.
+    save : The reverse, in one layout of its own.
+
+    Examples
+    --------
+    >>> import numpy as np, setattn
+    >>> shapes = {"probe": (1, 1, 8), "attention.in_proj_weight": (24, 8), "attention.in_proj_bias": (24,)}
+    >>> shapes |= {"attention.out_proj.weight": (8, 8), "attention.out_proj.bias": (8,)}
+    >>> shapes |= {"layernorm.weight": (8,), "layernorm.bias": (8,), "mlp.fc1.weight": (16, 8), "mlp.fc1.bias": (16,)}
+    >>> shapes |= {"mlp.fc2.weight": (8, 16), "mlp.fc2.bias": (8,)}
+    >>> rng = np.random.default_rng(0)
+    >>> weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    >>> block = setattn.load(weights, layout="siglip", num_heads=2)
+    >>> block
+    <setattn.Block attention_pool, activation='gelu_tanh', eps=1e-06: 592 parameters, layout siglip>
+    >>> block(np.ones((4, 5, 8))).shape
+    (4, 1, 8)
+    """
+    if layout is not None and layout != "setattn" and layout not in layouts():
+        wanted = "one of " + ", ".join(map(repr, (*layouts(), "setattn")))
+        raise OptionError("load", "layout", repr(layout), wanted)
+    if not isinstance(prefix, str):
+        raise OptionError("load", "prefix", repr(prefix), "what the names of the tensors begin with")
+    opened = open_source(source)
+    reader = _Reader(opened, xp, device, dtype, allow_nonfinite)
+    if layout == "setattn" or (layout is None and is_canonical(opened)):
+        return load_canonical(opened, reader.read, prefix, options)
+    known = read_config(config, opened.folder)
+    chosen = layouts()[layout] if layout is not None else _recognised(opened, prefix, options, known)
+    values = choose_options(chosen, options, known)
+    _check_names(opened, chosen, prefix, options, known)
+
+    mine = {name: shape for name, shape in opened.shapes.items() if name.startswith(prefix)}
+    findings = Findings(mine, reader.read, chosen.convention)
+    block = chosen.build(Weights(findings, prefix), **values)
+    if findings.problems:
+        wanted = f"the tensors of layout {chosen.name!r}: {'; '.join(findings.problems)}"
+        raise CheckpointError("load", "source", opened.name, wanted)
+    return Block(block.function, block.params, block.options, chosen.name)
+
+
+class _Reader:
+    """Reads tensors, converts them, and sees to their values and dtypes."""
+
+    def __init__(self, source: Source, xp: Namespace | None, device: Any, dtype: Any, allow_nonfinite: bool) -> None:
+        self._source, self._xp, self._device, self._dtype = source, xp, device, dtype
+        self._allow_nonfinite = allow_nonfinite
+        self._first: tuple[str, str] | None = None
+
+    def read(self, name: str) -> Array:
+        """Read one tensor."""
+        stored = self._source.dtype(name)
+        if self._dtype is None and self._first is not None and self._first[1] != stored:
+            wanted = f"one dtype for all by dtype=, as {self._first[0]!r} is {self._first[1]} and {name!r} is {stored}"
+            raise DTypeError("load", "dtype", "not given", wanted)
+        self._first = self._first or (name, stored)
+        a = self._source.read(name)
+        xp: Any = namespace_of(a)
+        if not bits_of(a.dtype, xp):
+            wanted = f"real floating numbers in tensor {name!r}, not {stored}"
+            raise CheckpointError("load", "source", self._source.name, wanted)
+        if not self._allow_nonfinite and not all_finite(a, xp):
+            wanted = f"finite numbers in tensor {name!r}, or allow_nonfinite=True"
+            raise CheckpointError("load", "source", self._source.name, wanted)
+        target = xp if self._xp is None else self._xp
+        dtype = self._dtype
+        if dtype is None and stored == "bfloat16" and self._xp is not None:
+            dtype = getattr(normalize_namespace(target), "bfloat16", None)
+        if self._xp is None and dtype is None and self._device is None:
+            return a
+        return convert_params(a, target, device=self._device, dtype=dtype)
+
+
+def _recognised(source: Source, prefix: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:
+    """Return the one layout whose tensors these are."""
+    whole = [f for f in fits(source.shapes, given, config, prefix=prefix) if f.is_whole]
+    if len(whole) == 1:
+        return whole[0].layout
+    if whole:
+        wanted = f"layout=, as the tensors of {source.name} fit {' and '.join(f.layout.name for f in whole)}"
+        raise CheckpointError("load", "layout", "not given", wanted)
+    hints = _elsewhere(source, given, config)
+    wanted = f"layout=, as the tensors of {source.name} under prefix {prefix!r} are those of no known layout{hints}"
+    raise CheckpointError("load", "layout", "not given", wanted)
+
+
+def _check_names(
+    source: Source, layout: Layout, prefix: str, given: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Check the names and shapes of all tensors before one is read."""
+    f = fits(source.shapes, given, config, layout=layout, prefix=prefix)[0]
+    if f.is_whole and not f.problems:
+        return
+    parts = []
+    if f.missing:
+        parts.append(f"missing {listed(f.missing)}")
+    if f.unexpected:
+        parts.append(f"unexpected {listed(f.unexpected)}")
+    parts += f.problems
+    hints = "" if f.is_whole else _elsewhere(source, given, config, layout)
+    wanted = f"the tensors of layout {layout.name!r}: {'; '.join(parts)}{hints}"
+    raise CheckpointError("load", "source", source.name, wanted)
+
+
+def _elsewhere(
+    source: Source, given: Mapping[str, Any], config: Mapping[str, Any], layout: Layout | None = None
+) -> str:
+    """Say under which prefix, or as which layout, tensors would fit."""
+    whole: list[Fit] = []
+    if layout is not None:
+        whole = [f for f in fits(source.shapes, given, config, layout=layout) if f.is_whole]
+    whole = whole or [f for f in fits(source.shapes, given, config) if f.is_whole]
+    places: dict[str, list[str]] = {}
+    for f in whole:
+        places.setdefault(f.layout.name, []).append(f.prefix)
+    hints = [f"layout={name!r} with prefix={listed(prefixes)!r}" for name, prefixes in places.items()]
+    return f"; what would fit: {', '.join(hints)}" if hints else ""
