@@ -1,7 +1,8 @@
 """Write the generated tables: ``python docs/make_tables.py``, or with ``--check`` see whether they are up to date.
 
 The table of backends comes from the test matrix in ``tests/backends.py``, so that what is advertised is what is tested,
-and from the record of runs on GPUs; the table of speed and its headline from the last results of the benchmarks.
+and from the record of runs on GPUs; the table of speed and its headline from the last results of the benchmarks; the
+table of layouts from the library and from the record of the comparisons with the originals.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setattn
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "gpu-record.md"
 RESULTS = ROOT / "benchmarks" / "results"
 README, BACKENDS, SPEED = ROOT / "README.md", ROOT / "docs" / "backends.md", ROOT / "docs" / "speed.md"
+LAYOUTS, COMPARED = ROOT / "docs" / "layouts.md", ROOT / "docs" / "layouts.json"
 HEADLINE = ("SigLIP head", "PMA, 1 seed, official form", "PMA, 1 seed, with row-wise ff")
 TITLES = {
     "numpy": "NumPy",
@@ -129,6 +133,39 @@ def headline(date: str, results: dict[str, Any]) -> str:
     )
 
 
+def compared() -> dict[str, Any]:
+    """Return the record of the last comparison with the originals."""
+    return json.loads(COMPARED.read_text(encoding="utf-8"))
+
+
+def layouts(known: dict[str, Any], records: dict[str, Any]) -> str:
+    """Return the table of layouts in Markdown."""
+    from setattn.checkpoints._layout import REQUIRED
+
+    def told(option: Any) -> str:
+        return f"`{option.name}`" if option.default is REQUIRED else f"`{option.name}={option.default!r}`"
+
+    head = (
+        "layout",
+        "of",
+        "makes",
+        "options",
+        "compared with",
+        "float64",
+        "float32",
+        "what the original does otherwise",
+    )
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name, layout in sorted(known.items()):
+        record = records.get(name, {"originals": ["not compared"], "float64": "", "float32": "", "differences": []})
+        functions = ", ".join(f"[{function}](blocks/{function}.md)" for function in layout.functions)
+        options = ", ".join(map(told, layout.options))
+        cells = [f"`{name}`", layout.original, functions, options, ", ".join(record["originals"])]
+        cells += [str(record["float64"]), str(record["float32"]), "; ".join(record["differences"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def render(text: str, mark: str, content: str) -> str:
     """Return a page with the marked region replaced."""
     start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
@@ -142,6 +179,7 @@ def main(check: bool) -> int:
     backends, last, stale = table(load_backends(), RECORD.read_text(encoding="utf-8")), measured(), 0
     parts = {README: {"backends": backends, "speed": headline(*last)}}
     parts |= {BACKENDS: {"backends": backends}, SPEED: {"benchmarks": speed(*last)}}
+    parts |= {LAYOUTS: {"layouts": layouts(setattn.layouts(), compared())}}
     for page, contents in parts.items():
         text = new = page.read_text(encoding="utf-8")
         for mark, content in contents.items():

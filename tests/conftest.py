@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +17,8 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a GPU's TF32
 
 import tolerances  # noqa: E402, what is set above is read when these import their libraries
 from backends import BACKENDS, EVERYWHERE, Backend  # noqa: E402
+
+PEERS = Path(__file__).resolve().parent / "peers"
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 hypothesis.settings.register_profile("dev", max_examples=25, **_SETTINGS)
@@ -39,6 +42,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help="comma-separated backends whose absence is an error instead of a skip",
     )
+    parser.addoption(
+        "--peers",
+        action="store_true",
+        help="also run tests/peers, the comparisons with the original implementations, which must be installed",
+    )
+    parser.addoption("--record", default=None, metavar="FILE", help="write the results of tests/peers to a JSON file")
+
+
+def _in_peers(path: Path) -> bool:
+    return PEERS in (path.resolve(), *path.resolve().parents)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the comparisons with the originals, which are seldom installed, to those who ask for them."""
+    return True if collection_path == PEERS and not config.getoption("peers") else None
 
 
 def _names(config: pytest.Config, option: str) -> list[str]:
@@ -46,6 +64,11 @@ def _names(config: pytest.Config, option: str) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("peers"):
+        if any(_in_peers(Path(argument.partition("::")[0])) for argument in config.args):
+            raise pytest.UsageError(f"{PEERS.parent.name}/{PEERS.name} runs with --peers alone: see CONTRIBUTING.md")
+        if config.getoption("record"):
+            raise pytest.UsageError("--record is of the comparisons that run with --peers")
     for option in ("backends", "require_backends"):
         for name in _names(config, option):
             if name not in BACKENDS:

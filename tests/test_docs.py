@@ -137,6 +137,18 @@ def test_tables_are_those_of_the_test_matrix():
     assert make_tables["main"](check=True) == 0, "run python docs/make_tables.py"
 
 
+def test_every_layout_was_compared_with_its_original():
+    make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
+    records = make_tables["compared"]()
+    assert set(records) == set(setattn.layouts()), "run python -m pytest tests/peers --peers --record docs/layouts.json"
+    rows = make_tables["layouts"](setattn.layouts(), records).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == sorted(records)
+    for name, record in records.items():
+        assert record["originals"], name
+        assert record["float64"] <= 1e-12, name
+    assert "not compared" in make_tables["layouts"](setattn.layouts(), {})
+
+
 def test_only_what_is_tested_is_advertised():
     make_tables = runpy.run_path(str(DOCS / "make_tables.py"))
     backends, record = make_tables["load_backends"](), (DOCS / "gpu-record.md").read_text(encoding="utf-8")

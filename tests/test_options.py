@@ -54,6 +54,23 @@ def test_required_backend_that_is_missing(run):
     assert "backend cupy is required, but cupy is not installed" in output
 
 
+def test_peers_are_not_collected(run):
+    """Nothing of the comparisons with the originals is looked at unless it is asked for."""
+    code, output = run("--collect-only", "--ignore-glob", f"{TESTS}/*.py", ".")
+    assert code == pytest.ExitCode.NO_TESTS_COLLECTED, output
+
+
+@pytest.mark.parametrize("path", ["peers", "peers/test_harness.py::test_right"])
+def test_peers_are_asked_for_by_name(run, path):
+    """They are refused, not skipped, without the option."""
+    code, output = run(path)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "tests/peers runs with --peers alone: see CONTRIBUTING.md" in output
+    code, output = run("--record", "layouts.json", *FEW)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "--record is of the comparisons that run with --peers" in output
+
+
 WORKERS = pytest.param(("-n", "2"), marks=pytest.mark.skipif(not importlib.util.find_spec("xdist"), reason="no xdist"))
 
 
