@@ -303,7 +303,7 @@ LAYERS = [
     {"checkpoints/_layout", "checkpoints/_sources"},
     {"checkpoints/_weights", "checkpoints/_canonical"},
     {"checkpoints/_torch"},
-    {"checkpoints/pooling"},
+    {"checkpoints/pooling", "checkpoints/resamplers"},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
     {"checkpoints/_fit"},

@@ -7,7 +7,7 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES: tuple[str, ...] = ("pooling",)
+FAMILIES: tuple[str, ...] = ("pooling", "resamplers")
 
 
 @functools.cache
