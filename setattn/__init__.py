@@ -44,8 +44,10 @@ from setattn._params import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     MeanLatents,
     Perceiver,
     PerceiverIO,
@@ -56,7 +58,9 @@ from setattn._params import (
     count_params,
     map_params,
 )
-from setattn._perceiver import cross_attention, fourier_features, latent_transformer, perceiver, perceiver_io
+from setattn._perceiver import perceiver, perceiver_io
+from setattn._perceiver_layers import cross_attention, latent_transformer
+from setattn._positions import fourier_features
 from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, mab, pma, sab, set_transformer
 from setattn.checkpoints._block import Block
@@ -80,10 +84,12 @@ __all__ = [
     "DTypeError",
     "FeedForward",
     "GatedCrossAttention",
+    "InputEmbedding",
     "LayerNorm",
     "Layout",
     "Linear",
     "MaskError",
+    "MeanHead",
     "MeanLatents",
     "NamespaceError",
     "OptionError",

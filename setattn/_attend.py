@@ -89,10 +89,10 @@ def by_queries(
     A context of one block is made ready once, for all blocks of rows. Of a longer one, each block of rows meets a block
     at a time, and more of them at once, as each of them makes every block of the context ready anew.
     """
-    # Before its projection to heads, which may come in ``function``, x says nothing of their number.
+    # Before its embedding and its projection to heads, which may come in ``function``, x says nothing of either.
     kv_heads, head_dim = p.key.weight.shape[1:]
-    heads = p.query.weight.shape[1] if isinstance(p.query, Linear) else kv_heads
-    m, width, n = x.shape[-2], max(x.shape[-1], heads * head_dim), y.elements.shape[-2]
+    dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)
+    m, width, n = x.shape[-2], max(x.shape[-1], dim, heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
     size = rows_in_a_block(o.plan, x, numbers, o.xp)
     if size is not None and n <= size < m and n <= _SHORT:

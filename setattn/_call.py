@@ -19,16 +19,17 @@ class Call(NamedTuple):
     dtype: Any
     device: Any
     eager: bool
+    decided_by: str = "the first argument"  # which array the others must agree with
 
 
-def begin(function: str, argument: str, x: Any) -> Call:
+def begin(function: str, argument: str, x: Any, decided_by: str = "the first argument") -> Call:
     """Start a call from its first array, which decides the namespace, dtype and device of all the others."""
     xp = namespace_of(x)
     if xp is None:
         raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
     if bits_of(x.dtype, xp) not in (16, 32, 64):
         raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
-    return Call(function, xp, native(x.dtype), device_of(x, xp), block_bytes(x, xp) is not None)
+    return Call(function, xp, native(x.dtype), device_of(x, xp), block_bytes(x, xp) is not None, decided_by)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:

@@ -15,6 +15,7 @@ from setattn._namespace import (
     device_of,
     has_own_threads,
     is_boolean,
+    is_integral,
     name_of,
     namespace_of,
     native,
@@ -31,6 +32,7 @@ class Width(NamedTuple):
     size: int
     source: str
     shape: Shape | None = None
+    beside: int = 0  # how many of the features are laid beside those of the argument
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
     if xp is None:
         raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", f"an array of {name_of(call.xp)}")
     if xp is not call.xp:
-        wanted = f"an array of {name_of(call.xp)}, as the first argument is"
+        wanted = f"an array of {name_of(call.xp)}, as {call.decided_by} is"
         raise NamespaceError(call.function, argument, f"an array of {name_of(xp)}", wanted)
     if kind := unlike_others(a, xp):
         raise NamespaceError(call.function, argument, *kind)
@@ -49,7 +51,7 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
         device = device_of(a, xp)
         if device is not None and device != call.device:
             raise NamespaceError(
-                call.function, argument, f"on device {device}", f"device {call.device}, as the first argument is"
+                call.function, argument, f"on device {device}", f"device {call.device}, as {call.decided_by} is"
             )
     if (total := sum(a.shape)) != total:  # a size that Dask does not know is NaN
         wanted = "known sizes: call compute_chunk_sizes() on the array first"
@@ -59,7 +61,7 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
 def floating(call: Call, argument: str, a: Any) -> None:
     _belongs(call, argument, a)
     if a.dtype != call.dtype and native(a.dtype) != call.dtype:
-        raise DTypeError(call.function, argument, a.dtype, f"{call.dtype}, as the first argument has", "dtype")
+        raise DTypeError(call.function, argument, a.dtype, f"{call.dtype}, as {call.decided_by} has", "dtype")
 
 
 def data(call: Call, argument: str, x: Any, axes: str = "n, dim", ndim: int = 2) -> Width:
@@ -70,6 +72,16 @@ def data(call: Call, argument: str, x: Any, axes: str = "n, dim", ndim: int = 2)
     if x.shape[-1] < 1:
         raise ShapeError(call.function, argument, tuple(x.shape), f"(..., {axes}) with at least one feature", "shape")
     return Width(x.shape[-1], argument, tuple(x.shape))
+
+
+def tokens(call: Call, argument: str, x: Any) -> None:
+    """Check integers that are to be looked up in a table."""
+    _belongs(call, argument, x)
+    if not is_integral(x.dtype, call.xp):
+        wanted = f"an integer dtype, as {call.decided_by} is a table to look them up in"
+        raise DTypeError(call.function, argument, x.dtype, wanted, "dtype")
+    if len(x.shape) < 1:
+        raise ShapeError(call.function, argument, tuple(x.shape), "(..., n)", "shape")
 
 
 def same_batch(call: Call, argument: str, query: Array, context: Array, context_axes: int = 2) -> None:

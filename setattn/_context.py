@@ -7,21 +7,23 @@ from typing import NamedTuple
 
 from setattn._blocks import Block
 from setattn._call import widen
+from setattn._embedding import embed, rows_for
 from setattn._layers import AnyNorm, Options, enter, norm, select
-from setattn._params import is_absent
-from setattn._typing import Array, Namespace
+from setattn._params import InputEmbedding, is_absent
+from setattn._typing import Absent, Array, Namespace
 
 
 class Context(NamedTuple):
-    """Elements to attend to and which of them take part; what is done to each of them first: a network, a norm."""
+    """Elements to attend to and which of them take part; what is done to each of them first: see :func:`ready`."""
 
-    elements: Array  # (..., n, dim)
+    elements: Array  # (..., n, dim), or tokens (..., n, 1)
     mask: Array | None = None  # (..., n)
     pair_mask: Array | None = None  # (..., m, n)
     bias: Array | None = None  # (..., n), added to the scores
     prepare: Callable[[Array], Array] | None = None
     norm: AnyNorm = ()
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
+    embedding: InputEmbedding | Absent = ()  # whose tables have n rows
 
     def part(self, elements: slice) -> Context:
         """Take some of the elements."""
@@ -30,7 +32,12 @@ class Context(NamedTuple):
             mask=None if self.mask is None else self.mask[..., elements],
             pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
             bias=None if self.bias is None else self.bias[..., elements],
+            embedding=rows_for(self.embedding, elements) if isinstance(self.embedding, InputEmbedding) else (),
         )
+
+    def block(self, b: Block | None) -> Context:
+        """Take a block of the elements, or of whole sets."""
+        return self.part(b.cut) if b is not None and b.axis < 0 else self.seen_by(b)
 
     def seen_by(self, queries: Block | None) -> Context:
         """Take what a block of the queries may attend to: rows of queries, all elements; sets, their own."""
@@ -50,16 +57,19 @@ class Context(NamedTuple):
 
 
 def ready(context: Context, o: Options) -> Context:
-    """Take elements in: select what takes part, widen it, do to it what is to be done first.
+    """Take elements in: select what takes part, widen it, do to it what is to be done first: embedding, network, norm.
 
     An element that no query attends to is put to zeros, whatever its values are. One that is not finite would reach,
     as 0 * NaN, the queries of its set that do not see it: under a ``pair_mask`` it is taken out as well, and the
     queries that see it are marked.
     """
-    elements = enter(context.elements, context.mask, o)
+    if isinstance(context.embedding, InputEmbedding):
+        elements = embed(context.elements, context.mask, context.embedding, o)
+    else:
+        elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
     first, then = context.prepare, context.norm
-    context = context._replace(elements=elements, bias=bias, prepare=None, norm=())
+    context = context._replace(elements=elements, bias=bias, prepare=None, norm=(), embedding=())
     if context.pair_mask is not None:
         context = _hide(context, o.xp)
     if first is not None:

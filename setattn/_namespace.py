@@ -119,6 +119,14 @@ def is_boolean(dtype: Any, xp: Namespace) -> bool:
     return bool(dtype == xp.bool)
 
 
+def is_integral(dtype: Any, xp: Namespace) -> bool:
+    """Say whether a dtype is one of integers, with a sign or without."""
+    try:
+        return bool(xp.isdtype(dtype, "integral"))
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
 def device_of(x: Array, xp: Namespace) -> Any:
     """Return what two arrays must agree on to meet without a transfer, or ``None`` where it cannot be known.
 
@@ -303,6 +311,13 @@ def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     return np.from_dlpack(x)
 
 
+def memory_order(x: Array) -> tuple[int, ...]:
+    """Return the axes of an array from the longest steps in memory to the shortest, where it is then contiguous."""
+    host = to_numpy(x)
+    order = tuple(sorted(range(host.ndim), key=lambda axis: -host.strides[axis]))
+    return order if host.transpose(order).flags.c_contiguous else tuple(range(host.ndim))
+
+
 def convert_array(x: Array, xp: Namespace, device: Any, dtype: Any) -> Array:
     """Return an array in another namespace, on another device, in another dtype, as far as they are given."""
     source: Namespace = namespace_of(x)
@@ -315,6 +330,24 @@ def convert_array(x: Array, xp: Namespace, device: Any, dtype: Any) -> Array:
     if dtype is None:
         dtype = getattr(xp, native(host.dtype).name)
     return xp.asarray(host, dtype=dtype, device=device)
+
+
+def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
+    """Look rows up by number, ``(..., n)`` to ``(..., n, dim)``; a number outside the table has a row of NaN."""
+    at = _index(numbers, xp)
+    inside = xp.logical_and(at >= 0, at < table.shape[0])
+    at = xp.reshape(xp.where(inside, at, 0), (-1,))
+    rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
+    return xp.where(inside[..., None], xp.reshape(rows, (*numbers.shape, table.shape[1])), math.nan)
+
+
+def _index(numbers: Array, xp: Namespace) -> Array:
+    """Convert to integers with a sign that libraries take for an index: one too large for them becomes negative."""
+    if numbers.dtype in (xp.int32, xp.int64):
+        return numbers
+    small = xp.iinfo(numbers.dtype).bits < 32
+    narrow = small or (name_of(xp) == "jax" and bool(why_not("float64", xp)))
+    return xp.astype(numbers, xp.int32 if narrow else xp.int64)
 
 
 def cumulative_count(mask: Array, xp: Namespace) -> Array:

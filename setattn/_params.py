@@ -153,24 +153,54 @@ class SelfAttention(NamedTuple):
     ff_norm: LayerNorm | RMSNorm | Absent = ()
 
 
+class InputEmbedding(NamedTuple):
+    """What is done to the inputs first: each element, at its place in the set, becomes a row of features.
+
+    ``[project(x) + position; features_project(features)]``, side by side, where ``x`` is an input or, with ``tokens``
+    of shape ``(vocabulary, dim)``, the row of that table that an integer names. ``position`` and ``features`` have a
+    row for each place: at least as many as there are elements, of which the first are used. Every part may be absent.
+    """
+
+    tokens: Array = ()
+    project: Linear | Absent = ()
+    position: Array = ()
+    features: Array = ()
+    features_project: Linear | Absent = ()
+
+
+class MeanHead(NamedTuple):
+    """A head for the mean of the latents: ``output(norm(mean))``."""
+
+    output: Linear
+    norm: LayerNorm | RMSNorm | Absent = ()
+
+
 class Perceiver(NamedTuple):
-    """Latents, cross-attentions and latent transformers.
+    """Latents, cross-attentions and latent transformers; what is done to the inputs before and to the latents after.
 
     Iteration ``i`` of ``depth`` uses entry ``min(i, len - 1)`` of either tuple: the last entry of the shorter one is
-    repeated, which is how weights are shared. An absent cross-attention ``()`` leaves that step out.
+    repeated, which is how weights are shared. An absent cross-attention ``()`` leaves that step out. The last latents
+    go through ``output_norm`` and ``head``.
     """
 
     latents: Array
     cross_attentions: tuple[CrossAttention | Absent, ...]
     latent_transformers: tuple[tuple[SelfAttention, ...], ...]
+    input: InputEmbedding | Absent = ()
+    output_norm: LayerNorm | RMSNorm | Absent = ()
+    head: MeanHead | Absent = ()
 
 
 class PerceiverIO(NamedTuple):
-    """A Perceiver encoder, a decoder cross-attention from the output queries to the latents, an output layer."""
+    """A Perceiver encoder, a decoder cross-attention from the output queries to the latents, an output layer.
+
+    ``queries``, of shape ``(o, dim_queries)``, are learned output queries, for calls that bring none.
+    """
 
     encoder: Perceiver
     decoder: CrossAttention
     output: Linear | Absent = ()
+    queries: Array = ()
 
 
 class MeanLatents(NamedTuple):

@@ -1,158 +1,19 @@
-"""The blocks of Perceiver and Perceiver IO."""
+"""The models Perceiver and Perceiver IO."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from typing import Any
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan
-from setattn._call import begin, evaluate, is_half, widen
+from setattn._blocks import Plan
+from setattn._call import Call, begin, evaluate
 from setattn._context import Context
-from setattn._layers import Options, enter, linear, options, residual_feed_forward
-from setattn._namespace import into
-from setattn._params import CrossAttention, Perceiver, PerceiverIO, SelfAttention
+from setattn._embedding import rows_for
+from setattn._layers import Options, linear, norm, options
+from setattn._params import CrossAttention, InputEmbedding, MeanHead, Perceiver, PerceiverIO, is_absent
+from setattn._perceiver_layers import cross_attend, transform
 from setattn._typing import Absent, Array
-
-
-def cross_attention(
-    latents: Array,
-    inputs: Array,
-    /,
-    params: CrossAttention,
-    *,
-    mask: Array | None = None,
-    query_residual: bool = True,
-    activation: str = "gelu",
-    eps: float = 1e-5,
-    scale: float | None = None,
-    plan: Plan | None = None,
-) -> Array:
-    r"""Apply Perceiver's pre-norm cross-attention: latents attend to inputs.
-
-    .. math::
-
-        H &= Z + \operatorname{attention}(\operatorname{norm}_q(Z), \operatorname{norm}_c(Y)) \\
-        \operatorname{cross\_attention}(Z, Y) &= H + \operatorname{ff}(\operatorname{norm}_f(H))
-
-    Parameters
-    ----------
-    latents : array, shape (..., m, dim)
-        The queries :math:`Z`. Latents of shape ``(m, dim)`` are put to every set of the batch.
-    inputs : array, shape (..., n, dim_inputs)
-        The set :math:`Y` to attend to.
-    params : CrossAttention
-        The attention, the feed-forward network and the norms.
-    mask : array of bool, shape (..., n), optional
-        True where an input takes part. The values of the others are never looked at.
-    query_residual : bool, default True
-        Whether :math:`Z` is added to the attention; decoders often leave it out.
-    activation : {"gelu", "gelu_tanh", "relu", "squared_relu", "silu"}
-        Activation of the feed-forward network. The paper says GELU; the authors' code computes its tanh form,
-        ``"gelu_tanh"``.
-    eps : float, default 1e-5
-        Added to the variance in the norms.
-    scale : float, optional
-        Factor on the scores; ``1 / sqrt(head_dim)`` if not given.
-    plan : Plan, optional
-        How the result is computed: the order of products, the size of a block, threads.
-
-    Returns
-    -------
-    array, shape (..., m, dim)
-        Does not depend on the order of the inputs. Namespace, device and dtype of the input.
-
-    Raises
-    ------
-    ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError
-        Before any arithmetic, if the arguments do not fit together.
-
-    Notes
-    -----
-    Cost: :math:`O((m + n)\, d^2 + m n d)` operations.
-
-    A. Jaegle et al., *Perceiver: General Perception with Iterative Attention*, 2021, section 3.1 and appendix C.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn
-    >>> params = setattn.init_cross_attention(8, 6, num_heads=2, rng=0)
-    >>> setattn.cross_attention(np.ones((3, 8), np.float32), np.ones((4, 5, 6), np.float32), params).shape
-    (4, 3, 8)
-    """
-    call = begin("cross_attention", "latents", latents)
-    check.switch(call.function, "query_residual", query_residual)
-    z, y = check.data(call, "latents", latents, "m, dim"), check.data(call, "inputs", inputs)
-    structure.cross_attention(call, "params", params, z, y, query_residual=query_residual)
-    check.same_batch(call, "latents", latents, inputs)
-    check.context_mask(call, mask, inputs, "inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
-
-    return evaluate(call, lambda p: _cross_attention(latents, Context(inputs, mask), p, o, query_residual), params)
-
-
-def latent_transformer(
-    latents: Array,
-    /,
-    params: tuple[SelfAttention, ...],
-    *,
-    activation: str = "gelu",
-    eps: float = 1e-5,
-    scale: float | None = None,
-    plan: Plan | None = None,
-) -> Array:
-    r"""Apply pre-norm self-attention layers to latents.
-
-    Each layer is
-
-    .. math::
-
-        H &= Z + \operatorname{attention}(\operatorname{norm}(Z), \operatorname{norm}(Z)) \\
-        Z &\leftarrow H + \operatorname{ff}(\operatorname{norm}_f(H))
-
-    Parameters
-    ----------
-    latents : array, shape (..., m, dim)
-        The latents :math:`Z`.
-    params : tuple of SelfAttention
-        The layers, in order.
-    activation, eps, scale, plan
-        As for :func:`cross_attention`.
-
-    Returns
-    -------
-    array, shape (..., m, dim)
-        Permuting the latents permutes the result in the same way.
-
-    Raises
-    ------
-    ShapeError, DTypeError, NamespaceError, ParameterError, OptionError
-        Before any arithmetic, if the arguments do not fit together.
-
-    Notes
-    -----
-    Cost: :math:`O(m d^2 + m^2 d)` operations a layer.
-
-    A. Jaegle et al., *Perceiver: General Perception with Iterative Attention*, 2021, section 3.1.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn
-    >>> params = setattn.init_latent_transformer(8, num_layers=2, num_heads=2, rng=0)
-    >>> setattn.latent_transformer(np.ones((4, 3, 8), np.float32), params).shape
-    (4, 3, 8)
-    """
-    call = begin("latent_transformer", "latents", latents)
-    structure.latent_transformer(call, "params", params, check.data(call, "latents", latents, "m, dim"))
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
-
-    def body(params: tuple[SelfAttention, ...]) -> Array:
-        # A result never shares memory with an argument, even where there is nothing to do.
-        return _latent_transformer(latents, params, o) if params else o.xp.astype(latents, latents.dtype, copy=True)
-
-    return evaluate(call, body, params)
 
 
 def perceiver(
@@ -174,16 +35,26 @@ def perceiver(
 
     .. math:: Z \leftarrow \operatorname{latent\_transformer}_i(\operatorname{cross\_attention}_i(Z, Y))
 
+    and then :math:`\operatorname{norm}_o(Z)`. With a head, the result is
+    :math:`\operatorname{linear}(\operatorname{norm}_h(\operatorname{mean}(\operatorname{norm}_o(Z))))`, the mean being
+    that of the latents. With an input embedding, element :math:`i` of :math:`Y` is
+
+    .. math:: [\operatorname{linear}_p(x_i) + P_i;\ \operatorname{linear}_f(F_i)]
+
+    of an input :math:`x_i` or of the row of a table that a token names, with the rows :math:`P_i` and :math:`F_i` that
+    belong to its place. Every part of it may be absent.
+
     Parameters
     ----------
     inputs : array, shape (..., n, dim_inputs)
-        The set :math:`Y`.
+        The set :math:`Y`. With ``params.input.tokens``, integers of shape ``(..., n)``; one that is outside the table
+        and takes part stands for a row of NaN.
     params : Perceiver
         The latents, the cross-attentions and the latent transformers. Iteration ``i`` uses entry ``i`` of either tuple,
         or its last one; an absent cross-attention leaves that step out. Two cross-attentions and one latent transformer
         with ``depth=8`` are thus the paper's ImageNet model (weights shared, but for the first cross-attention);
         ``(block, ())`` and one latent transformer are the encoder of Perceiver IO (one cross-attention, then the same
-        layers over and over).
+        layers over and over). Further, if they are there: ``input``, the norm ``output_norm``, the ``head``.
     mask : array of bool, shape (..., n), optional
         True where an input takes part. The values of the others are never looked at.
     depth : int, optional
@@ -195,8 +66,9 @@ def perceiver(
 
     Returns
     -------
-    array, shape (..., m, dim)
-        The latents. They do not depend on the order of the inputs.
+    array, shape (..., m, dim), or (..., dim_out) with a head
+        Does not depend on the order of the inputs, unless there are tables with a row for each place. Namespace, device
+        and dtype of the input, or of the table of the tokens.
 
     Raises
     ------
@@ -215,20 +87,26 @@ def perceiver(
     >>> params = setattn.init_perceiver(6, 8, num_latents=3, num_layers=2, num_heads=2, rng=0)
     >>> setattn.perceiver(np.ones((4, 5, 6), np.float32), params, depth=3).shape
     (4, 3, 8)
+    >>> params = params._replace(head=setattn.MeanHead(setattn.init_linear(8, 2, rng=0)))
+    >>> setattn.perceiver(np.ones((4, 5, 6), np.float32), params, depth=3).shape
+    (4, 2)
     """
-    call = begin("perceiver", "inputs", inputs)
+    call = _begin("perceiver", inputs, params)
     check.switch(call.function, "query_residual", query_residual)
-    y = check.data(call, "inputs", inputs)
-    structure.perceiver(call, "params", params, y, depth, query_residual=query_residual)
-    check.context_mask(call, mask, inputs, "inputs")
+    structure.perceiver(call, "params", params, inputs, depth, query_residual=query_residual)
+    check.mask(call, "mask", mask, _set_shape(inputs, params), "one entry for each element of inputs")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: _perceiver(Context(inputs, mask), p, o, depth, query_residual), params)
+    def body(p: Perceiver) -> Array:
+        z = _perceiver(_elements(inputs, mask, p.input), p, o, depth, query_residual)
+        return _head(z, p.head, o) if isinstance(p.head, MeanHead) else z
+
+    return evaluate(call, body, params)
 
 
 def perceiver_io(
     inputs: Array,
-    queries: Array,
+    queries: Array | None,
     /,
     params: PerceiverIO,
     *,
@@ -248,14 +126,16 @@ def perceiver_io(
     Parameters
     ----------
     inputs : array, shape (..., n, dim_inputs)
-        The set :math:`Y`.
-    queries : array, shape (..., o, dim_queries)
+        The set :math:`Y`, or integers ``(..., n)`` if the encoder has a table of tokens, as for :func:`perceiver`.
+    queries : array, shape (..., o, dim_queries), or None
         One query :math:`Q` for each row of output. Queries of shape ``(o, dim_queries)`` are put to every set of the
-        batch.
+        batch. ``None`` stands for the learned queries, ``params.queries``; where there are none, for the inputs
+        themselves, with all that the encoder's ``input`` does to them.
     params : PerceiverIO
-        The encoder, the decoder and the output layer.
+        The encoder, which has no head, the decoder, the output layer and the learned queries.
     mask : array of bool, shape (..., n), optional
-        True where an input takes part. The values of the others are never looked at.
+        True where an input takes part. The values of the others are never looked at; where the inputs are the queries,
+        their rows of the result are 0.
     depth : int, optional
         Number of iterations of the encoder, as for :func:`perceiver`.
     query_residual, decoder_residual : bool
@@ -266,7 +146,8 @@ def perceiver_io(
     Returns
     -------
     array, shape (..., o, dim_out)
-        Does not depend on the order of the inputs; permuting the queries permutes it.
+        Does not depend on the order of the inputs, unless there are tables with a row for each place; permuting the
+        queries permutes it. Namespace, device and dtype of the input, or of the table of the tokens.
 
     Raises
     ------
@@ -288,132 +169,58 @@ def perceiver_io(
     >>> setattn.perceiver_io(inputs, queries, params).shape
     (4, 9, 2)
     """
-    call = begin("perceiver_io", "inputs", inputs)
+    call = _begin("perceiver_io", inputs, params)
     check.switch(call.function, "query_residual", query_residual)
     check.switch(call.function, "decoder_residual", decoder_residual)
-    y, q = check.data(call, "inputs", inputs), check.data(call, "queries", queries, "o, dim")
     structure.perceiver_io(
-        call, "params", params, y, q, depth, query_residual=query_residual, decoder_residual=decoder_residual
+        call,
+        "params",
+        params,
+        inputs,
+        queries,
+        depth,
+        query_residual=query_residual,
+        decoder_residual=decoder_residual,
     )
-    check.same_batch(call, "queries", queries, inputs)
-    check.context_mask(call, mask, inputs, "inputs")
+    sets = _set_shape(inputs, params)
+    if queries is not None:
+        check.same_batch(call, "queries", queries, inputs, 1 + len(inputs.shape) - len(sets))
+    check.mask(call, "mask", mask, sets, "one entry for each element of inputs")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(params: PerceiverIO) -> Array:
-        z = _perceiver(Context(inputs, mask), params.encoder, o, depth, query_residual)
-        out = _cross_attention(queries, Context(z), params.decoder, o, decoder_residual)
-        return linear(out, params.output, o.xp)
+    def body(p: PerceiverIO) -> Array:
+        y = _elements(inputs, mask, p.encoder.input)
+        z = _perceiver(y, p.encoder, o, depth, query_residual)
+        learned = y if is_absent(p.queries) else Context(p.queries)
+        q = learned if queries is None else Context(queries)
+        return cross_attend(q, Context(z), p.decoder, o, decoder_residual, p.output)
 
     return evaluate(call, body, params)
-
-
-def fourier_features(
-    positions: Array,
-    /,
-    *,
-    num_bands: int,
-    max_resolution: float | Sequence[float],
-    concat_position: bool = True,
-    order: str = "grouped",
-) -> Array:
-    r"""Encode positions by sines and cosines of evenly spaced frequencies.
-
-    For each axis, with :math:`K` frequencies :math:`f_k`, evenly from 1 to half the axis' resolution (of one, 1),
-
-    .. math:: \sin(\pi f_k p), \quad \cos(\pi f_k p)
-
-    Parameters
-    ----------
-    positions : array, shape (..., axes)
-        Positions, usually from -1 to 1 on each axis.
-    num_bands : int
-        Number of frequencies :math:`K` for each axis.
-    max_resolution : float or sequence of float
-        Resolution of each axis, or of all of them: twice the largest frequency.
-    concat_position : bool, default True
-        Whether the positions themselves are among the features.
-    order : {"grouped", "per_axis"}
-        Order of the features. ``"grouped"``, of the authors' code: the positions, the sines of all axes, the cosines of
-        all axes. ``"per_axis"``, of lucidrains' perceiver-pytorch: for one axis after another its sines, its cosines,
-        its position.
-
-    Returns
-    -------
-    array, shape (..., axes * (2 * num_bands + concat_position))
-        Namespace, device and dtype of the input.
-
-    Raises
-    ------
-    ShapeError, DTypeError, NamespaceError, OptionError
-        Before any arithmetic, if the arguments do not fit together.
-
-    Notes
-    -----
-    Cost: one sine and one cosine for each feature.
-
-    A. Jaegle et al., *Perceiver: General Perception with Iterative Attention*, 2021, section 3.2.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn
-    >>> positions = np.array([[0.0, 0.5]])
-    >>> setattn.fourier_features(positions, num_bands=2, max_resolution=4).round(3) + 0.0
-    array([[ 0. ,  0.5,  0. ,  0. ,  1. ,  0. ,  1. ,  1. ,  0. , -1. ]])
-    """
-    call = begin("fourier_features", "positions", positions)
-    axes = check.data(call, "positions", positions, "axes", ndim=1).size
-    check.integer(call.function, "num_bands", num_bands)
-    check.switch(call.function, "concat_position", concat_position)
-    check.choice(call.function, "order", order, ("grouped", "per_axis"))
-    resolutions = check.numbers_for_axes(call, "max_resolution", max_resolution, axes)
-
-    def body(_: Absent) -> Array:
-        xp = call.xp
-        x = widen(positions, xp) if is_half(call) else positions
-        sines, cosines = [], []
-        for axis, resolution in enumerate(resolutions):
-            step = (resolution / 2.0 - 1.0) / max(num_bands - 1, 1)
-            angles = [x[..., axis : axis + 1] * (math.pi * (1.0 + k * step)) for k in range(num_bands)]
-            angle = xp.concat(angles, axis=-1)
-            sines.append(xp.sin(angle))
-            cosines.append(xp.cos(angle))
-        if order == "grouped":
-            parts = [x, *sines, *cosines] if concat_position else [*sines, *cosines]
-        else:
-            parts = []
-            for axis in range(axes):
-                parts += [sines[axis], cosines[axis]]
-                parts += [x[..., axis : axis + 1]] if concat_position else []
-        return xp.concat(parts, axis=-1)
-
-    return evaluate(call, body, ())
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _cross_attention(z: Array, y: Context, p: CrossAttention, o: Options, query_residual: bool) -> Array:
-    def rows(z: Array, y: Context, _: Block | None) -> Array:
-        z = enter(z, None, o)
-        h = attend(z, [y], p.attention, o, p.query_norm)
-        return residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
-
-    return by_queries(rows, z, y._replace(norm=p.context_norm), p.attention, o)
-
-
-def _latent_transformer(z: Array, layers: tuple[SelfAttention, ...], o: Options) -> Array:
-    for layer in layers:
-        z = _self_attention(z, layer, o)
-    return z
+def _begin(function: str, inputs: Array, p: Any) -> Call:
+    """Start a call from the inputs; or, as these are then no numbers, from the table of the tokens."""
+    table = structure.token_table(p)
+    if is_absent(table):
+        return begin(function, "inputs", inputs)
+    at = "params.encoder.input.tokens" if isinstance(p, PerceiverIO) else "params.input.tokens"
+    return begin(function, at, table, at)
 
 
-def _self_attention(z: Array, p: SelfAttention, o: Options) -> Array:
-    def rows(x: Array, y: Context, _: Block | None) -> Array:
-        x = enter(x, None, o)
-        h = into("add", attend(x, [y], p.attention, o, p.norm), x, o.xp)
-        return residual_feed_forward(h, p, o)
+def _set_shape(inputs: Array, p: Any) -> tuple[int, ...]:
+    """Return the shape of a batch of sets, ``(..., n)``."""
+    return tuple(inputs.shape[:-1] if is_absent(structure.token_table(p)) else inputs.shape)
 
-    return by_queries(rows, z, Context(z, norm=p.norm), p.attention, o)
+
+def _elements(inputs: Array, mask: Array | None, p: InputEmbedding | Absent) -> Context:
+    """Make a context of inputs that are embedded where a block of them is taken."""
+    if not isinstance(p, InputEmbedding):
+        return Context(inputs, mask)
+    x = inputs if is_absent(p.tokens) else inputs[..., None]
+    return Context(x, mask, embedding=rows_for(p, slice(0, x.shape[-2])))
 
 
 def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_residual: bool) -> Array:
@@ -421,7 +228,13 @@ def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_re
     for i in range(max(len(cross), len(latent)) if depth is None else depth):
         block = cross[min(i, len(cross) - 1)]
         if isinstance(block, CrossAttention):
-            z = _cross_attention(z, y, block, o, query_residual)
+            z = cross_attend(Context(z), y, block, o, query_residual)
         if latent:
-            z = _latent_transformer(z, latent[min(i, len(latent) - 1)], o)
-    return z
+            z = transform(z, latent[min(i, len(latent) - 1)], o)
+    return norm(z, p.output_norm, o)
+
+
+def _head(z: Array, p: MeanHead, o: Options) -> Array:
+    """Compute ``output(norm(mean))`` of the latents."""
+    mean = o.xp.mean(z, axis=-2, keepdims=True)
+    return linear(norm(mean, p.norm, o), p.output, o.xp)[..., 0, :]

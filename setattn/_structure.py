@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from setattn._call import Call
-from setattn._check import Width, data, floating, is_integer
+from setattn._check import Width, data, floating, is_integer, tokens
 from setattn._errors import NamespaceError, OptionError, ParameterError, ShapeError
 from setattn._namespace import name_of
 from setattn._params import (
@@ -21,8 +21,10 @@ from setattn._params import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     MeanLatents,
     Perceiver,
     PerceiverIO,
@@ -34,12 +36,13 @@ from setattn._params import (
 )
 
 _OR_ABSENT = ", or () where the part may be absent"
+_OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
 
 
 def _node(call: Call, path: str, p: Any, *kinds: type) -> None:
     if not isinstance(p, kinds):
         wanted = "a " + " or ".join(f"setattn.{k.__name__}" for k in kinds)
-        maybe = _OR_ABSENT if p is None and kinds[0] in (Linear, LayerNorm, FeedForward) else ""
+        maybe = _OR_ABSENT if p is None and kinds[0] in _OPTIONAL else ""
         raise ParameterError(call.function, path, _found(p), wanted + maybe)
 
 
@@ -79,9 +82,10 @@ def _meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int
     """Check one axis of a parameter against the width it meets; where an argument has that width, it is named."""
     if a.shape[axis] == x.size:
         return
-    if x.shape is None:
+    if x.shape is None or a.shape[axis] <= x.beside:
         raise ShapeError(call.function, path, tuple(a.shape), f"{_words(wanted)} to match {x.source}", "shape")
-    to_match = f"(..., {a.shape[axis]}) to match {path} of shape {tuple(a.shape)}"
+    beside = f" with {x.beside} features beside it" if x.beside else ""
+    to_match = f"(..., {a.shape[axis] - x.beside}) to match {path} of shape {tuple(a.shape)}{beside}"
     raise ShapeError(call.function, x.source, x.shape, to_match, "shape")
 
 
@@ -256,9 +260,49 @@ def latent_transformer(call: Call, path: str, p: Any, z: Width) -> Width:
     return z
 
 
-def perceiver(call: Call, path: str, p: Any, y: Width, depth: Any, *, query_residual: bool) -> Width:
-    """Check a Perceiver and its depth, and return the width of its latents."""
+def token_table(p: Any) -> Any:
+    """Return the table of the tokens of a model, of which nothing is checked yet; ``()`` if it has none."""
+    p = p.encoder if isinstance(p, PerceiverIO) else p
+    has_one = isinstance(p, Perceiver) and isinstance(p.input, InputEmbedding)
+    return p.input.tokens if has_one else ()
+
+
+def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
+    """Check inputs and what embeds them, and return the width of the embedded ones."""
+    if is_absent(p):
+        return data(call, "inputs", x)
+    _node(call, path, p, InputEmbedding)
+    if is_absent(p.tokens):
+        y, n = data(call, "inputs", x), x.shape[-2]
+    else:
+        _weight(call, f"{path}.tokens", p.tokens, "vocabulary", "dim")
+        tokens(call, "inputs", x)
+        y, n = Width(p.tokens.shape[1], f"{path}.tokens"), x.shape[-1]
+    y = _optional_linear(call, f"{path}.project", p.project, y)
+    for name, table in (("position", p.position), ("features", p.features)):
+        at = f"{path}.{name}"
+        if is_absent(table):
+            continue
+        _weight(call, at, table, "rows", "dim")
+        if name == "position":
+            _meet(call, y, at, table, "rows", y.size, axis=1)
+        if n > table.shape[0]:
+            wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {at}"
+            raise ShapeError(call.function, "inputs", tuple(x.shape), wanted, "shape")
+    if not is_absent(p.features):
+        features = Width(p.features.shape[1], f"{path}.features")
+        features = _optional_linear(call, f"{path}.features_project", p.features_project, features)
+        y = Width(y.size + features.size, y.source, y.shape, features.size)
+    elif not is_absent(p.features_project):
+        at = f"{path}.features_project"
+        raise ParameterError(call.function, at, _found(p.features_project), f"(), as {path}.features is absent")
+    return y
+
+
+def perceiver(call: Call, path: str, p: Any, inputs: Any, depth: Any, *, query_residual: bool) -> Width:
+    """Check inputs, a Perceiver and its depth, and return the width of the embedded inputs."""
     _node(call, path, p, Perceiver)
+    y = _inputs(call, f"{path}.input", p.input, inputs)
     z = _learned(call, f"{path}.latents", p.latents, "m")
     _nodes(call, f"{path}.cross_attentions", p.cross_attentions, "setattn.CrossAttention", at_least=1)
     _nodes(call, f"{path}.latent_transformers", p.latent_transformers, "tuples of setattn.SelfAttention", at_least=0)
@@ -274,16 +318,39 @@ def perceiver(call: Call, path: str, p: Any, y: Width, depth: Any, *, query_resi
     least = max(len(p.cross_attentions), len(p.latent_transformers))
     if depth is not None and (not is_integer(depth) or depth < least):
         raise OptionError(call.function, "depth", repr(depth), f"an integer of at least {least}, to use every part")
-    return z
+    _norm(call, f"{path}.output_norm", p.output_norm, z)
+    if not is_absent(p.head):
+        _node(call, f"{path}.head", p.head, MeanHead)
+        _norm(call, f"{path}.head.norm", p.head.norm, z)
+        _linear(call, f"{path}.head.output", p.head.output, z, "dim_out")
+    return y
 
 
 def perceiver_io(
-    call: Call, path: str, p: Any, y: Width, queries: Width, depth: Any, *, query_residual: bool, decoder_residual: bool
+    call: Call,
+    path: str,
+    p: Any,
+    inputs: Any,
+    queries: Any,
+    depth: Any,
+    *,
+    query_residual: bool,
+    decoder_residual: bool,
 ) -> None:
-    """Check a Perceiver IO."""
+    """Check inputs, queries and a Perceiver IO."""
     _node(call, path, p, PerceiverIO)
-    z = perceiver(call, f"{path}.encoder", p.encoder, y, depth, query_residual=query_residual)
-    out = cross_attention(call, f"{path}.decoder", p.decoder, queries, z, query_residual=decoder_residual)
+    q = perceiver(call, f"{path}.encoder", p.encoder, inputs, depth, query_residual=query_residual)
+    if not is_absent(p.encoder.head):
+        at = f"{path}.encoder.head"
+        raise ParameterError(call.function, at, _found(p.encoder.head), "(), as the decoder attends to the latents")
+    if not is_absent(p.queries):
+        q = _learned(call, f"{path}.queries", p.queries, "o")
+    elif queries is None:
+        q = Width(q.size, "the inputs, which are the queries where there are none")
+    if queries is not None:
+        q = data(call, "queries", queries, "o, dim")
+    z = Width(p.encoder.latents.shape[-1], f"{path}.encoder.latents")
+    out = cross_attention(call, f"{path}.decoder", p.decoder, q, z, query_residual=decoder_residual)
     _optional_linear(call, f"{path}.output", p.output, out)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import setattn
-from setattn import FeedForward, LayerNorm, RMSNorm
+from setattn import FeedForward, InputEmbedding, LayerNorm, MeanHead, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,14 @@ class Case:
 
     def numpy(self, dtype: str = "float64", **changed: Any) -> np.ndarray:
         """Call the function with NumPy arrays."""
-        arrays = [a.astype(dtype) for a in self.arrays]
-        params = [] if self.params is None else [setattn.map_params(lambda a: a.astype(dtype), self.params)]
-        masks = {key: m.astype(dtype) if m.dtype.kind == "f" else m for key, m in self.masks.items()}
-        return getattr(setattn, self.function)(*arrays, *params, **(masks | self.options | changed))
+        case = self.map(lambda a: a.astype(dtype))
+        return replace(case, options=self.options | changed).call(case.arrays, case.params, case.masks)
 
     def call(self, arrays: Any, params: Any, masks: Any) -> Any:
         """Call the function with arrays of any backend: a pure function of three trees."""
+        none = (None,) if self.function == "perceiver_io" and len(self.arrays) == 1 else ()
         positional = () if self.params is None else (params,)
-        return getattr(setattn, self.function)(*arrays, *positional, **masks, **self.options)
+        return getattr(setattn, self.function)(*arrays, *none, *positional, **masks, **self.options)
 
     def trees(self, backend: Any, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
         """Convert what :meth:`call` takes to a backend."""
@@ -53,7 +52,7 @@ class Case:
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Case:
         """Apply a function to every floating array: the arrays, the parameters, the bias, in this order."""
-        arrays = tuple(map(function, self.arrays))
+        arrays = tuple(function(a) if a.dtype.kind == "f" else a for a in self.arrays)
         params = None if self.params is None else setattn.map_params(function, self.params)
         masks = {key: function(m) if m.dtype.kind == "f" else m for key, m in self.masks.items()}
         return replace(self, arrays=arrays, params=params, masks=masks)
@@ -386,6 +385,28 @@ def _(rng: np.random.Generator) -> Case:
     return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"query_residual": False})
 
 
+@_case("perceiver-whole")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(11, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(
+        project=setattn.init_linear(DIM_Y, 6, rng=rng),
+        position=np.zeros((8, 6)),
+        features=rng.normal(size=(9, 3)),
+        features_project=setattn.init_linear(3, 5, rng=rng),
+    )
+    head = MeanHead(setattn.init_linear(DIM, 4, rng=rng), setattn.init_norm(DIM))
+    params = params._replace(input=embedding, output_norm=setattn.init_norm(DIM, kind="rms"), head=head)
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("perceiver-features")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(DIM_Y + 3, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    params = params._replace(input=InputEmbedding(features=rng.normal(size=(N, 3))))
+    params = params._replace(head=MeanHead(setattn.init_linear(DIM, 4, bias=False, rng=rng)))
+    return Case("perceiver", (_set(rng, DIM_Y),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
 @_case("perceiver_io")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
@@ -399,6 +420,15 @@ def _(rng: np.random.Generator) -> Case:
     arrays, masks = (_set(rng, DIM_Y), rng.normal(size=(BATCH, M, 9))), {"mask": _mask(rng, BATCH, N)}
     options = {"query_residual": False, "decoder_residual": True}
     return Case("perceiver_io", arrays, perturb(params._replace(output=()), rng), masks, options)
+
+
+@_case("perceiver_io-embedded")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    encoder = params.encoder._replace(input=InputEmbedding(position=np.zeros((8, DIM_Y))))
+    params = params._replace(encoder=encoder._replace(output_norm=setattn.init_norm(DIM)))
+    arrays = (_set(rng, DIM_Y), rng.normal(size=(M, 9)))
+    return Case("perceiver_io", arrays, perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
 
 
 @_case("fourier_features")
@@ -509,6 +539,63 @@ def _gated_variants() -> None:
 _gated_variants()
 
 NAMES = tuple(_CASES)
+
+
+# --- cases of which not every array is a floating one: for tests of their own ---------------------------------------
+
+
+def _tokens(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 11, size=(BATCH, N))
+
+
+@_case("tokens")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver(DIM_Y, DIM, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(tokens=rng.normal(size=(11, DIM_Y)), position=np.zeros((N, DIM_Y)))
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver", (_tokens(rng),), perturb(params._replace(input=embedding), rng), masks)
+
+
+@_case("tokens-projected")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(9, DIM, DIM_Y, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(rng.normal(size=(11, 3)), setattn.init_linear(3, 4, rng=rng), (), np.zeros((8, 5)))
+    params = params._replace(encoder=params.encoder._replace(input=embedding))
+    arrays, masks = (_tokens(rng), rng.normal(size=(BATCH, M, DIM_Y))), {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_io", arrays, perturb(params, rng), masks)
+
+
+@_case("tokens-as-queries")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, DIM_Y, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(rng.normal(size=(11, DIM_Y)), position=np.zeros((8, DIM_Y)))
+    params = params._replace(encoder=params.encoder._replace(input=embedding))
+    return Case("perceiver_io", (_tokens(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("inputs-as-queries")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(9, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    embedding = InputEmbedding(project=setattn.init_linear(DIM_Y, 6, rng=rng), features=rng.normal(size=(8, 3)))
+    params = params._replace(encoder=params.encoder._replace(input=embedding))
+    masks, options = {"mask": _mask(rng, BATCH, N)}, {"decoder_residual": True}
+    return Case("perceiver_io", (_set(rng, DIM_Y),), perturb(params, rng), masks, options)
+
+
+@_case("inputs-as-they-come-as-queries")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, DIM_Y, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    return Case("perceiver_io", (_set(rng, DIM_Y),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("learned-queries")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_io(DIM_Y, DIM, 9, 8, num_latents=5, num_layers=1, num_heads=HEADS, rng=rng)
+    params = perturb(params._replace(queries=np.zeros((M, 9))), rng)
+    return Case("perceiver_io", (_set(rng, DIM_Y),), params, {"mask": _mask(rng, BATCH, N)}, {"decoder_residual": True})
+
+
+OWN_TESTS = tuple(name for name in _CASES if name not in NAMES)
 
 
 def make(name: str, seed: int = 0) -> Case:

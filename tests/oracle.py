@@ -290,19 +290,50 @@ class Oracle:
             z = self.add_feed_forward(self.add(z, self.attention(normed, normed, p.attention)), p.ff_norm, p.ff)
         return z
 
+    def embed(self, x, p, places):
+        """Embed elements (n, dim), or tokens (n,), that stand at some places of a set."""
+        if absent(p):
+            return x
+        if not absent(p.tokens):
+            x = p.tokens[[int(token) for token in x]]
+        x = x if absent(p.project) else self.linear(x, p.project)
+        x = x if absent(p.position) else self.add(x, p.position[places])
+        if absent(p.features):
+            return x
+        features = p.features[places]
+        features = features if absent(p.features_project) else self.linear(features, p.features_project)
+        return self.concatenate([x, features], axis=1)
+
     def perceiver(self, inputs, p, mask=None, depth=None, query_residual=True):
+        places = np.arange(inputs.shape[0]) if mask is None else np.flatnonzero(mask)
+        z = self.encode(self.embed(inputs[places], p.input, places), p, depth, query_residual)
+        if absent(p.head):
+            return z
+        return self.linear(self.norm(self.mean(z), p.head.norm), p.head.output)[0]
+
+    def encode(self, inputs, p, depth, query_residual):
+        """Compute the latents from the elements that take part."""
         z, crosses, transformers = p.latents, p.cross_attentions, p.latent_transformers
         for i in range(max(len(crosses), len(transformers)) if depth is None else depth):
             if crosses and not absent(crosses[min(i, len(crosses) - 1)]):
-                z = self.cross_attention(z, inputs, crosses[min(i, len(crosses) - 1)], mask, query_residual)
+                z = self.cross_attention(z, inputs, crosses[min(i, len(crosses) - 1)], None, query_residual)
             if transformers:
                 z = self.latent_transformer(z, transformers[min(i, len(transformers) - 1)])
-        return z
+        return self.norm(z, p.output_norm)
 
     def perceiver_io(self, inputs, queries, p, mask=None, depth=None, query_residual=True, decoder_residual=False):
-        z = self.perceiver(inputs, p.encoder, mask, depth, query_residual)
-        out = self.cross_attention(queries, z, p.decoder, query_residual=decoder_residual)
-        return out if absent(p.output) else self.linear(out, p.output)
+        n, own = inputs.shape[0], queries is None and absent(p.queries)
+        places = np.arange(n) if mask is None else np.flatnonzero(mask)
+        y = self.embed(inputs[places], p.encoder.input, places)
+        z = self.encode(y, p.encoder, depth, query_residual)
+        q = y if own else p.queries if queries is None else queries
+        out = self.cross_attention(q, z, p.decoder, query_residual=decoder_residual)
+        out = out if absent(p.output) else self.linear(out, p.output)
+        if not own:
+            return out
+        row = np.full(n, len(places))
+        row[places] = np.arange(len(places))
+        return self.concatenate([out, self.lift(np.zeros((1, out.shape[1])))])[row]
 
     def resample(self, frames, medium, p, mask=None):
         """Resample the frames of one medium, a list of sets."""
@@ -421,6 +452,8 @@ def _call(engine, name, arrays, params, options):
         )
     if name == "fourier_features":
         return engine.fourier_features(engine.lift(arrays[0][None]), **options)[0]
+    if name == "perceiver_io" and len(arrays) == 1:
+        return engine.perceiver_io(engine.lift(arrays[0]), None, params, **options)
     return getattr(engine, name)(*[engine.lift(array) for array in arrays], params, **options)
 
 
@@ -439,6 +472,10 @@ def run(engine, name, arrays, params=(), **options):
     if name == "perceiver_resampler":
         extra = sum(not absent(part) for part in (params.frame_embedding, params.media_embedding))
         own, named = (2 + extra,), {"mask": 1 + extra}
+    if name.startswith("perceiver") and name != "perceiver_resampler":
+        model = params.encoder if name == "perceiver_io" else params
+        tokens = not absent(model.input) and not absent(model.input.tokens)
+        own = (1 if tokens else 2, *own[1:])[: len(arrays)]  # the queries of perceiver_io may be left out
     axes = [*zip(map(to_float64, arrays), own, strict=True)]
     names = [key for key in named if options.get(key) is not None]
     for key in names:
@@ -471,7 +508,7 @@ def evaluate(name, *arrays, params=(), exact=False, activation=None, eps=None, s
     name : str
         A key of `BLOCKS`: the name of the library's function, or ``linear``, ``norm``, ``feed_forward``.
     *arrays : array
-        Its positional arrays, in the library's order.
+        Its positional arrays, in the library's order, but for queries that are None.
     params : tree
         Its parameters.
     exact : bool

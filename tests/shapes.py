@@ -16,8 +16,10 @@ from setattn import (
     CrossAttention,
     FeedForward,
     GatedCrossAttention,
+    InputEmbedding,
     LayerNorm,
     Linear,
+    MeanHead,
     MeanLatents,
     Perceiver,
     PerceiverIO,
@@ -155,8 +157,23 @@ def latent_transformer(p: Any, z: int) -> None:
         residual(layer, z)
 
 
+def embedded(p: Any, n: int, x: int) -> int:
+    if absent(p):
+        return x
+    need(type(p) is InputEmbedding)
+    x = affine(p.project, x if absent(p.tokens) else shape(p.tokens, 2)[1])
+    if not absent(p.position):
+        rows, dim = shape(p.position, 2)
+        need(rows >= n and dim == x)
+    if absent(p.features):
+        need(absent(p.features_project))
+        return x
+    rows, dim = shape(p.features, 2)
+    need(rows >= n)
+    return x + affine(p.features_project, dim)
+
+
 def perceiver(p: Any, y: int, query_residual: bool) -> tuple[int, int]:
-    need(type(p) is Perceiver)
     m, width = shape(p.latents, 2)
     need(type(p.cross_attentions) is tuple and any(not absent(block) for block in p.cross_attentions))
     for block in p.cross_attentions:
@@ -164,6 +181,7 @@ def perceiver(p: Any, y: int, query_residual: bool) -> tuple[int, int]:
     need(type(p.latent_transformers) is tuple)
     for layers in p.latent_transformers:
         latent_transformer(layers, width)
+    norm(p.output_norm, width)
     return m, width
 
 
@@ -289,20 +307,38 @@ def _depth(p: Perceiver, depth: int | None) -> None:
     need(depth is None or depth >= max(len(p.cross_attentions), len(p.latent_transformers)))
 
 
-def _perceiver(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
-    batch, _, y = _one_set(arrays, keywords)
-    out = perceiver(p, y, keywords.get("query_residual", True))
+def _encoder(x: Any, p: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int]]:
+    """Return the batch, the shape of the embedded inputs and that of the latents."""
+    need(type(p) is Perceiver)
+    if type(p.input) is InputEmbedding and not absent(p.input.tokens):
+        need(len(x.shape) >= 1)
+        batch, n, y = tuple(x.shape[:-1]), x.shape[-1], 1
+    else:
+        batch, n, y = set_of(x)
+    _masks(keywords, mask=(*batch, n))
+    y = embedded(p.input, n, y)
+    z = perceiver(p, y, keywords.get("query_residual", True))
     _depth(p, keywords.get("depth"))
-    return (*batch, *out)
+    return batch, (n, y), z
+
+
+def _perceiver(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
+    batch, _, (m, z) = _encoder(arrays[0], p, keywords)
+    if absent(p.head):
+        return (*batch, m, z)
+    need(type(p.head) is MeanHead and type(p.head.output) is Linear)
+    norm(p.head.norm, z)
+    return (*batch, affine(p.head.output, z))
 
 
 def _perceiver_io(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
-    (batch, n, y), (q_batch, o, q) = map(set_of, arrays)
-    shared(q_batch, batch)
-    _masks(keywords, mask=(*batch, n))
     need(type(p) is PerceiverIO)
-    _, z = perceiver(p.encoder, y, keywords.get("query_residual", True))
-    _depth(p.encoder, keywords.get("depth"))
+    batch, y, (_, z) = _encoder(arrays[0], p.encoder, keywords)
+    need(absent(p.encoder.head))
+    o, q = y if absent(p.queries) else shape(p.queries, 2)
+    if len(arrays) > 1:
+        q_batch, o, q = set_of(arrays[1])
+        shared(q_batch, batch)
     out = cross_attention(p.decoder, q, z, keywords.get("decoder_residual", False))
     return (*batch, o, affine(p.output, out))
 

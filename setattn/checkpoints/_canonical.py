@@ -1,4 +1,8 @@
-"""The library's own layout: each array of a tree as a tensor named by its path, the tree's form in the metadata."""
+"""The library's own layout: each array of a tree as a tensor named by its path, the tree's form in the metadata.
+
+A tensor lies in the file as it lay in memory, and the form says how its axes are to be turned: products of a loaded
+block then run over the same memory as before, and round the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from setattn import _params as trees
 from setattn._errors import CheckpointError, DTypeError, OptionError, ParameterError
-from setattn._namespace import namespace_of
+from setattn._namespace import memory_order, namespace_of
 from setattn._params import is_absent
 from setattn._typing import Array
 from setattn.checkpoints._block import Block
@@ -51,7 +55,8 @@ def save(path: str | os.PathLike[str], block: Block) -> None:
     Returns
     -------
     None
-        Reading the file with :func:`load` gives the same function, options and, bit by bit, parameters.
+        Reading the file with :func:`load` gives the same function, options and, bit by bit, parameters. They lie in
+        memory as they did, so that NumPy's results are the same, too.
 
     Raises
     ------
@@ -96,7 +101,10 @@ def save(path: str | os.PathLike[str], block: Block) -> None:
 
 
 def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
-    """Describe a tree: ``"array"``, ``None`` for an absent part, a list, or the name of a node with its parts."""
+    """Describe a tree: ``"array 0 1"``, ``None`` for an absent part, a list, or the name of a node with its parts.
+
+    The numbers say where each axis of an array is found in its tensor.
+    """
     if is_absent(tree):
         return None
     if not isinstance(tree, tuple):
@@ -104,8 +112,10 @@ def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
             raise ParameterError("save", "block", f"holding a {type(tree).__qualname__}", "arrays alone")
         if not is_writable(tree):
             raise DTypeError("save", "block", tree.dtype, "arrays of a dtype that a file can hold", "an array of dtype")
-        arrays[path] = tree
-        return "array"
+        order = memory_order(tree)
+        xp: Any = namespace_of(tree)
+        arrays[path] = xp.permute_dims(tree, order)
+        return " ".join(["array", *(str(order.index(axis)) for axis in range(len(order)))])
     if not hasattr(tree, "_fields"):
         return [_form(part, _join(path, str(i)), arrays) for i, part in enumerate(tree)]
     fields = zip(tree._fields, tree, strict=True)
@@ -162,11 +172,17 @@ def _tree(form: Any, path: str, names: set[str], read: Callable[[str], Array]) -
     """Make the tree that a form describes."""
     if form is None:
         return ()
-    if form == "array":
-        if path not in names:
-            raise ValueError(f"no tensor {path!r}")
+    if isinstance(form, str):
+        word, *axes = form.split(" ")
+        if path not in names or word != "array":
+            raise ValueError(f"no tensor {path!r} for {form[:40]!r}")
         names.remove(path)
-        return read(path)
+        a = read(path)
+        order = [int(axis) for axis in axes]
+        if sorted(order) != list(range(len(a.shape))):
+            raise ValueError(f"axes of tensor {path!r} of shape {tuple(a.shape)} as {form[:40]!r}")
+        xp: Any = namespace_of(a)
+        return xp.permute_dims(a, tuple(order))
     if isinstance(form, list):
         return tuple(_tree(part, _join(path, str(i)), names, read) for i, part in enumerate(form))
     (kind, parts), *more = form.items()

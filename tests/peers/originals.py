@@ -135,13 +135,27 @@ def perceiver_lucidrains(name: str) -> Any:
 
 
 def perceiver_krasserm(name: str) -> Any:
-    """A class of ``perceiver.model.core``, without its training framework and the activation checkpoints."""
-    return found(
-        "perceiver.model.core.modules",
-        name,
-        ("perceiver", "perceiver.model", "perceiver.model.core"),
-        {"fairscale": {}, "fairscale.nn": {"checkpoint_wrapper": lambda module, **_: module}},
-    )
+    """A class of perceiver-io, without its training framework and the activation checkpoints."""
+    core, texts, images = "perceiver.model.core", "perceiver.model.text", "perceiver.model.image"
+    bare = ("perceiver", "perceiver.model", core, texts, images)
+    nothing = type("Nothing", (), {})
+    loops = {"LitModel": nothing, "LitClassifier": nothing}
+    stand_ins = {
+        "fairscale": {},
+        "fairscale.nn": {"checkpoint_wrapper": lambda module, **_: module},
+        "pytorch_lightning": {"LightningModule": nothing},
+        "pytorch_lightning.loggers": {"TensorBoardLogger": nothing},
+    }
+    found(f"{core}.modules", "PerceiverIO", bare, stand_ins)
+    for part in "modules", "config":
+        module = importlib.import_module(f"{core}.{part}")
+        vars(sys.modules[core]).update({key: value for key, value in vars(module).items() if key[0] != "_"} | loops)
+    if name in vars(sys.modules[core]):
+        return getattr(sys.modules[core], name)
+    if name.startswith("Causal"):
+        return found(f"{texts}.clm", name, bare, stand_ins)
+    texts_own = name.startswith(("Text", "Masked"))
+    return found(f"{texts}.mlm" if texts_own else f"{images}.classifier", name, bare, stand_ins)
 
 
 def transformers(module: str, name: str) -> Any:

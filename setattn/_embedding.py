@@ -1,0 +1,33 @@
+"""What is done to the inputs of a Perceiver first: tokens, a projection, positions, features laid beside them."""
+
+from __future__ import annotations
+
+from setattn._layers import Options, enter, linear, select
+from setattn._namespace import rows_of
+from setattn._params import InputEmbedding, is_absent
+from setattn._typing import Array
+
+
+def rows_for(p: InputEmbedding, places: slice) -> InputEmbedding:
+    """Take the rows of the tables that belong to some of the places in a set."""
+    return p._replace(
+        position=p.position if is_absent(p.position) else p.position[places, :],
+        features=p.features if is_absent(p.features) else p.features[places, :],
+    )
+
+
+def embed(x: Array, mask: Array | None, p: InputEmbedding, o: Options) -> Array:
+    """Embed elements ``(..., n, dim)``, or tokens ``(..., n, 1)``, with tables that have ``n`` rows.
+
+    Those that do not take part are put to zeros before, so that no value of theirs is looked at, and after: a row of a
+    table is added to them like to any other.
+    """
+    xp = o.xp
+    x = enter(x, mask, o) if is_absent(p.tokens) else select(rows_of(p.tokens, x[..., 0], xp), mask, xp)
+    x = linear(x, p.project, xp)
+    if not is_absent(p.position):
+        x = x + p.position
+    if not is_absent(p.features):
+        features = linear(p.features, p.features_project, xp)
+        x = xp.concat([x, xp.broadcast_to(features, (*x.shape[:-1], features.shape[-1]))], axis=-1)
+    return select(x, mask, xp)
