@@ -34,6 +34,7 @@ from setattn._init import (
     init_pma,
     init_set_transformer,
 )
+from setattn._mab import mab, sab
 from setattn._order import Order
 from setattn._params import (
     ISAB,
@@ -62,7 +63,7 @@ from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention, latent_transformer
 from setattn._positions import fourier_features
 from setattn._resampler import perceiver_resampler
-from setattn._set_transformer import isab, mab, pma, sab, set_transformer
+from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import save
 from setattn.checkpoints._layout import Layout

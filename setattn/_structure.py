@@ -180,47 +180,54 @@ def _learned(call: Call, path: str, a: Any, axes: str) -> Width:
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def mab(call: Call, path: str, p: Any, x: Width, y: Width) -> Width:
+def mab(call: Call, path: str, p: Any, x: Width, y: Width, *, query_residual: bool) -> Width:
     """Check a multihead attention block, and return the width of its output."""
     _node(call, path, p, MAB)
     x = _optional_linear(call, f"{path}.project", p.project, x)
     _norm(call, f"{path}.query_norm", p.query_norm, x)
     _norm(call, f"{path}.context_norm", p.context_norm, y)
-    _same_width(call, f"{path}.attention", attention(call, f"{path}.attention", p.attention, x, y), x)
-    _norm(call, f"{path}.attention_norm", p.attention_norm, x)
-    _residual_feed_forward(call, path, p.ff, p.ff_norm, x)
-    _norm(call, f"{path}.output_norm", p.output_norm, x)
-    return Width(x.size, f"the output of {path}")
+    h = attention(call, f"{path}.attention", p.attention, x, y)
+    if query_residual:
+        _same_width(call, f"{path}.attention", h, x)
+        h = x
+    _norm(call, f"{path}.attention_norm", p.attention_norm, h)
+    _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
+    _norm(call, f"{path}.output_norm", p.output_norm, h)
+    return Width(h.size, f"the output of {path}")
 
 
-def isab(call: Call, path: str, p: Any, x: Width) -> Width:
+def isab(call: Call, path: str, p: Any, x: Width, *, query_residual: bool) -> Width:
     """Check an induced set attention block, and return the width of its output."""
     _node(call, path, p, ISAB)
     inducing = _learned(call, f"{path}.inducing_points", p.inducing_points, "m")
-    h = mab(call, f"{path}.mab_inducing", p.mab_inducing, inducing, x)
-    return mab(call, f"{path}.mab_set", p.mab_set, x, h)
+    h = mab(call, f"{path}.mab_inducing", p.mab_inducing, inducing, x, query_residual=query_residual)
+    return mab(call, f"{path}.mab_set", p.mab_set, x, h, query_residual=query_residual)
 
 
-def pma(call: Call, path: str, p: Any, x: Width) -> Width:
+def pma(call: Call, path: str, p: Any, x: Width, *, query_residual: bool) -> Width:
     """Check a pooling by multihead attention, and return the width of its output."""
     _node(call, path, p, PMA)
     if not is_absent(p.ff):
         x = _feed_forward(call, f"{path}.ff", p.ff, x)
-    return mab(call, f"{path}.mab", p.mab, _learned(call, f"{path}.seeds", p.seeds, "k"), x)
+    seeds = _learned(call, f"{path}.seeds", p.seeds, "k")
+    return mab(call, f"{path}.mab", p.mab, seeds, x, query_residual=query_residual)
 
 
-def set_transformer(call: Call, path: str, p: Any, x: Width) -> None:
+def set_transformer(call: Call, path: str, p: Any, x: Width, *, query_residual: bool) -> None:
     """Check a Set Transformer."""
     _node(call, path, p, SetTransformer)
     _nodes(call, f"{path}.encoder", p.encoder, "setattn.ISAB or setattn.MAB", at_least=0)
     for i, block in enumerate(p.encoder):
         at = f"{path}.encoder[{i}]"
         _node(call, at, block, ISAB, MAB)
-        x = isab(call, at, block, x) if isinstance(block, ISAB) else mab(call, at, block, x, x)
-    x = pma(call, f"{path}.pma", p.pma, x)
+        if isinstance(block, ISAB):
+            x = isab(call, at, block, x, query_residual=query_residual)
+        else:
+            x = mab(call, at, block, x, x, query_residual=query_residual)
+    x = pma(call, f"{path}.pma", p.pma, x, query_residual=query_residual)
     _nodes(call, f"{path}.decoder", p.decoder, "setattn.MAB", at_least=0)
     for i, block in enumerate(p.decoder):
-        x = mab(call, f"{path}.decoder[{i}]", block, x, x)
+        x = mab(call, f"{path}.decoder[{i}]", block, x, x, query_residual=query_residual)
     _optional_linear(call, f"{path}.output", p.output, x)
 
 

@@ -188,6 +188,14 @@ def _geglu(params: setattn.CrossAttention, rng: np.random.Generator) -> setattn.
     return params._replace(ff=setattn.init_feed_forward(DIM, hidden=9, gate=True, rng=rng))
 
 
+def _no_residual(params: setattn.MAB, dim_x: int, rng: np.random.Generator) -> setattn.MAB:
+    """Take queries of another width than the result's, as they need not be added to it."""
+    heads, head_dim = params.attention.query.bias.shape
+    query = setattn.init_linear(dim_x, heads * head_dim, rng=rng)
+    query = setattn.Linear(query.weight.reshape(dim_x, heads, head_dim), query.bias.reshape(heads, head_dim))
+    return params._replace(attention=params.attention._replace(query=query))
+
+
 _Build = Callable[[np.random.Generator], Case]
 _CASES: dict[str, _Build] = {}
 
@@ -284,6 +292,14 @@ def _(rng: np.random.Generator) -> Case:
     return Case("mab", _xy(rng), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {}, elements=1)
 
 
+@_case("mab-no-residual")
+def _(rng: np.random.Generator) -> Case:
+    params = _no_residual(setattn.init_mab(8, num_heads=HEADS, dim_y=DIM_Y, hidden=9, rng=rng), DIM, rng)
+    arrays, masks = (rng.normal(size=(BATCH, M, DIM)), _set(rng, DIM_Y)), {"mask": _mask(rng, BATCH, N)}
+    masks["query_mask"] = _mask(rng, BATCH, M)
+    return Case("mab", arrays, perturb(params, rng), masks, {"query_residual": False}, elements=1)
+
+
 @_case("sab")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_mab(DIM, num_heads=HEADS, hidden=9, rng=rng)
@@ -311,6 +327,14 @@ def _(rng: np.random.Generator) -> Case:
     return Case("isab", (_set(rng),), perturb(params, rng), masks, {"activation": "gelu_tanh"})
 
 
+@_case("isab-lucidrains")
+def _(rng: np.random.Generator) -> Case:
+    first, second = (setattn.init_attention(DIM, num_heads=HEADS, head_dim=5, bias=False, rng=rng) for _ in range(2))
+    params = setattn.ISAB(rng.normal(size=(5, DIM)), setattn.MAB(first), setattn.MAB(second))
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("isab", (_set(rng),), perturb(params, rng), masks, {"query_residual": False})
+
+
 @_case("pma")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_pma(DIM, num_heads=HEADS, num_seeds=5, rng=rng)
@@ -335,6 +359,13 @@ def _(rng: np.random.Generator) -> Case:
     params = setattn.init_set_transformer(3, DIM, 5, num_heads=HEADS, num_encoders=1, num_decoders=0, rng=rng)
     params = params._replace(output=())
     return Case("set_transformer", (_set(rng, 3),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
+@_case("set_transformer-no-residual")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_set_transformer(3, DIM, 5, num_heads=HEADS, num_encoders=1, form="pre_norm", rng=rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("set_transformer", (_set(rng, 3),), perturb(params, rng), masks, {"query_residual": False})
 
 
 @_case("attention_pool")

@@ -238,37 +238,38 @@ class Oracle:
             out.append(weights)
         return self.concatenate([weights[None] for weights in out])
 
-    def mab(self, x, y, p, mask=None, query_mask=None, pair_mask=None):
+    def mab(self, x, y, p, mask=None, query_mask=None, pair_mask=None, query_residual=True):
         rows = np.ones(x.shape[0], dtype=bool) if query_mask is None else np.asarray(query_mask, dtype=bool)
         keep = np.ones(y.shape[0], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
         pair = np.ones((x.shape[0], y.shape[0]), dtype=bool) if pair_mask is None else np.asarray(pair_mask, dtype=bool)
         x, y, pair = x[rows], y[keep], pair[rows][:, keep]
         x = x if absent(p.project) else self.linear(x, p.project)
         a = self.attention(self.norm(x, p.query_norm), self.norm(y, p.context_norm), p.attention, pair_mask=pair)
-        h = self.norm(self.add(x, a), p.attention_norm)
+        h = self.norm(self.add(x, a) if query_residual else a, p.attention_norm)
         kept = self.norm(self.add_feed_forward(h, p.ff_norm, p.ff), p.output_norm)
         zero = self.lift(np.zeros((1, kept.shape[1])))
         order = np.where(rows, np.cumsum(rows) - 1, kept.shape[0])
         return self.concatenate([kept, zero])[order]
 
-    def sab(self, x, p, mask=None):
-        return self.mab(x, x, p, mask=mask, query_mask=mask)
+    def sab(self, x, p, mask=None, query_residual=True):
+        return self.mab(x, x, p, mask=mask, query_mask=mask, query_residual=query_residual)
 
-    def isab(self, x, p, mask=None):
-        h = self.mab(p.inducing_points, x, p.mab_inducing, mask=mask)
-        return self.mab(x, h, p.mab_set, query_mask=mask)
+    def isab(self, x, p, mask=None, query_residual=True):
+        h = self.mab(p.inducing_points, x, p.mab_inducing, mask=mask, query_residual=query_residual)
+        return self.mab(x, h, p.mab_set, query_mask=mask, query_residual=query_residual)
 
-    def pma(self, x, p, mask=None):
+    def pma(self, x, p, mask=None, query_residual=True):
         if mask is not None:
             x = x[np.asarray(mask, dtype=bool)]
-        return self.mab(p.seeds, x if absent(p.ff) else self.feed_forward(x, p.ff), p.mab)
+        x = x if absent(p.ff) else self.feed_forward(x, p.ff)
+        return self.mab(p.seeds, x, p.mab, query_residual=query_residual)
 
-    def set_transformer(self, x, p, mask=None):
+    def set_transformer(self, x, p, mask=None, query_residual=True):
         for block in p.encoder:
-            x = {"ISAB": self.isab, "MAB": self.sab}[type(block).__name__](x, block, mask)
-        x = self.pma(x, p.pma, mask)
+            x = {"ISAB": self.isab, "MAB": self.sab}[type(block).__name__](x, block, mask, query_residual)
+        x = self.pma(x, p.pma, mask, query_residual)
         for block in p.decoder:
-            x = self.sab(x, block)
+            x = self.sab(x, block, query_residual=query_residual)
         return x if absent(p.output) else self.linear(x, p.output)
 
     def attention_pool(self, x, p, mask=None):

@@ -116,26 +116,29 @@ def attend(p: Any, query: int, context: int) -> int:
     return out
 
 
-def mab(p: Any, x: int, y: int) -> int:
+def mab(p: Any, x: int, y: int, query_residual: bool = True) -> int:
     need(type(p) is MAB)
     width = affine(p.project, x)
-    need(attend(p.attention, width, y) == width)
-    for part in (p.query_norm, p.attention_norm, p.output_norm):
-        norm(part, width)
+    norm(p.query_norm, width)
     norm(p.context_norm, y)
-    residual(p, width)
-    return width
+    out = attend(p.attention, width, y)
+    need(out == width or not query_residual)
+    norm(p.attention_norm, out)
+    norm(p.output_norm, out)
+    residual(p, out)
+    return out
 
 
-def isab(p: Any, x: int) -> int:
+def isab(p: Any, x: int, query_residual: bool = True) -> int:
     need(type(p) is ISAB)
-    return mab(p.mab_set, x, mab(p.mab_inducing, shape(p.inducing_points, 2)[1], x))
+    inducing = mab(p.mab_inducing, shape(p.inducing_points, 2)[1], x, query_residual)
+    return mab(p.mab_set, x, inducing, query_residual)
 
 
-def pma(p: Any, x: int) -> tuple[int, int]:
+def pma(p: Any, x: int, query_residual: bool = True) -> tuple[int, int]:
     need(type(p) is PMA)
     k, width = shape(p.seeds, 2)
-    return k, mab(p.mab, width, x if absent(p.ff) else feed_forward(p.ff, x))
+    return k, mab(p.mab, width, x if absent(p.ff) else feed_forward(p.ff, x), query_residual)
 
 
 def cross_attention(p: Any, q: int, y: int, query_residual: bool = True) -> int:
@@ -243,7 +246,7 @@ def _mab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     (x_batch, m, x), (batch, n, y) = map(set_of, arrays)
     shared(x_batch, batch)
     _masks(keywords, mask=(*batch, n), query_mask=(*x_batch, m), pair_mask=(*batch, m, n))
-    return (*batch, m, mab(p, x, y))
+    return (*batch, m, mab(p, x, y, keywords.get("query_residual", True)))
 
 
 def _one_set(arrays: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
@@ -254,27 +257,28 @@ def _one_set(arrays: Any, keywords: dict[str, Any]) -> tuple[tuple[int, ...], in
 
 def _sab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, n, x = _one_set(arrays, keywords)
-    return (*batch, n, mab(p, x, x))
+    return (*batch, n, mab(p, x, x, keywords.get("query_residual", True)))
 
 
 def _isab(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, n, x = _one_set(arrays, keywords)
-    return (*batch, n, isab(p, x))
+    return (*batch, n, isab(p, x, keywords.get("query_residual", True)))
 
 
 def _pma(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, _, x = _one_set(arrays, keywords)
-    return (*batch, *pma(p, x))
+    return (*batch, *pma(p, x, keywords.get("query_residual", True)))
 
 
 def _set_transformer(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
     batch, _, x = _one_set(arrays, keywords)
+    added = keywords.get("query_residual", True)
     need(type(p) is SetTransformer and type(p.encoder) is tuple and type(p.decoder) is tuple)
     for block in p.encoder:
-        x = isab(block, x) if type(block) is ISAB else mab(block, x, x)
-    k, x = pma(p.pma, x)
+        x = isab(block, x, added) if type(block) is ISAB else mab(block, x, x, added)
+    k, x = pma(p.pma, x, added)
     for block in p.decoder:
-        x = mab(block, x, x)
+        x = mab(block, x, x, added)
     return (*batch, k, affine(p.output, x))
 
 

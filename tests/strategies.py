@@ -390,28 +390,31 @@ class Maker:
             key_norm=self.norm(head_dim, head_norm),
         )
 
-    def mab(self, dim_x: int, dim_y: int) -> setattn.MAB:
+    def mab(self, dim_x: int, dim_y: int, dim_out: int | None = None) -> setattn.MAB:
+        """A block of the model's width, or one whose attention changes it to `dim_out` and adds no queries."""
         dim = self.s.dim
+        width = dim if dim_out is None else dim_out
         project = self.linear(dim_x, dim) if dim_x != dim or self.one_of(False, True) else ()
         before, after = self.one_of(("none", "layer"), ("layer", "none"), ("none", "none"), ("rms", "none"))
         return setattn.MAB(
-            attention=self.attention(dim, dim_y),
-            ff=self.feed_forward(dim),
+            attention=self.attention(dim, dim_y, dim_out, full=dim_out is not None),
+            ff=self.feed_forward(width),
             project=project,
             query_norm=self.norm(dim, before),
             context_norm=self.norm(dim_y, before),
-            attention_norm=self.norm(dim, after),
-            ff_norm=self.norm(dim, before),
-            output_norm=self.norm(dim, after),
+            attention_norm=self.norm(width, after),
+            ff_norm=self.norm(width, before),
+            output_norm=self.norm(width, after),
         )
 
-    def isab(self, dim_x: int) -> setattn.ISAB:
-        inducing = self.weight(self.s.learned, self.s.dim, inputs=1)
-        return setattn.ISAB(inducing, self.mab(self.s.dim, dim_x), self.mab(dim_x, self.s.dim))
+    def isab(self, dim_x: int, dim_out: int | None = None) -> setattn.ISAB:
+        inducing, dim = self.weight(self.s.learned, self.s.dim, inputs=1), self.s.dim
+        between = dim if dim_out is None else dim_out
+        return setattn.ISAB(inducing, self.mab(dim, dim_x, dim_out), self.mab(dim_x, between, dim_out))
 
-    def pma(self, dim_x: int) -> setattn.PMA:
+    def pma(self, dim_x: int, dim_out: int | None = None) -> setattn.PMA:
         seeds = self.weight(self.s.learned, self.s.dim, inputs=1)
-        return setattn.PMA(seeds, self.mab(self.s.dim, dim_x), self.feed_forward(dim_x))
+        return setattn.PMA(seeds, self.mab(self.s.dim, dim_x, dim_out), self.feed_forward(dim_x))
 
     def cross_attention(self, dim: int, dim_y: int, dim_out: int | None = None) -> setattn.CrossAttention:
         width = dim if dim_out is None else dim_out
@@ -462,7 +465,15 @@ def _mab(m: Maker) -> _Parts:
     s, b = m.s, m.s.batch
     x = _queried(m, s.dim_out)
     shapes = {"mask": (*b, s.n), "pair_mask": (*b, s.m, s.n), "query_mask": x[:-1]}
-    return _Parts((x, (*b, s.n, s.dim_y)), m.mab(s.dim_out, s.dim_y), shapes, {"activation": m.one_of(*ACTIVATIONS)}, 1)
+    width, options = _residual(m)
+    options["activation"] = m.one_of(*ACTIVATIONS)
+    return _Parts((x, (*b, s.n, s.dim_y)), m.mab(s.dim_out, s.dim_y, width), shapes, options, 1)
+
+
+def _residual(m: Maker) -> tuple[int | None, dict[str, Any]]:
+    """Choose whether queries are added to an attention, and where they are not, the width it has of its own."""
+    residual = m.one_of(True, False)
+    return None if residual else m.s.hidden, {"query_residual": residual}
 
 
 def _of_a_set(dim: str, build: Callable[[Maker], Any], masked: bool = True) -> Callable[[Maker], _Parts]:
@@ -473,7 +484,16 @@ def _of_a_set(dim: str, build: Callable[[Maker], Any], masked: bool = True) -> C
     return parts
 
 
-def _set_transformer(m: Maker) -> setattn.SetTransformer:
+def _of_a_set_and_queries(build: Callable[[Maker, int | None], Any]) -> Callable[[Maker], _Parts]:
+    def parts(m: Maker) -> _Parts:
+        width, options = _residual(m)
+        drawn = _of_a_set("dim_y", lambda m: build(m, width))(m)
+        return drawn._replace(options=drawn.options | options)
+
+    return parts
+
+
+def _set_transformer(m: Maker, _: int | None) -> setattn.SetTransformer:
     count, dim = m.one_of(1, 3, 0, 2), m.s.dim_y
     encoder = []
     for _ in range(count):
@@ -562,10 +582,10 @@ _BUILDERS: dict[str, Callable[[Maker], _Parts]] = {
     "attention": _attention,
     "attention_weights": _attention,
     "mab": _mab,
-    "sab": _of_a_set("dim_y", lambda m: m.mab(m.s.dim_y, m.s.dim_y)),
-    "isab": _of_a_set("dim_y", lambda m: m.isab(m.s.dim_y)),
-    "pma": _of_a_set("dim_y", lambda m: m.pma(m.s.dim_y)),
-    "set_transformer": _of_a_set("dim_y", _set_transformer),
+    "sab": _of_a_set_and_queries(lambda m, width: m.mab(m.s.dim_y, m.s.dim_y, width)),
+    "isab": _of_a_set_and_queries(lambda m, width: m.isab(m.s.dim_y, width)),
+    "pma": _of_a_set_and_queries(lambda m, width: m.pma(m.s.dim_y, width)),
+    "set_transformer": _of_a_set_and_queries(_set_transformer),
     "attention_pool": _of_a_set("dim_y", _attention_pool),
     "cross_attention": _cross_attention,
     "latent_transformer": _of_a_set("dim", lambda m: m.self_attentions(m.one_of(1, 3, 2)), masked=False),

@@ -353,6 +353,18 @@ def test_branch_of_another_width_than_its_residual(backend):
     assert (error.got, error.wanted) == (9, f"{DIM}, to be added to x")
 
 
+def test_queries_that_are_not_added_may_have_another_width(backend):
+    """Only then: the norms and the network that follow are as wide as the attention's output."""
+    case = UNMASKED["mab-no-residual"]
+    with no_arithmetic(), pytest.raises(ShapeError) as caught:
+        case.on(backend, "float32", query_residual=True)
+    assert (caught.value.argument, caught.value.got) == ("params.attention", 8)
+    assert caught.value.wanted == f"{DIM}, to be added to x"
+    params = case.params._replace(output_norm=LayerNorm(np.ones(DIM)))
+    error = refused(backend, case, ShapeError, "params.output_norm.scale", params=params)
+    assert (error.got, error.wanted) == ((DIM,), "(8,) to match params.attention.output")
+
+
 # --- parameter trees ------------------------------------------------------------------------------------------------
 
 

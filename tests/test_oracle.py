@@ -137,6 +137,7 @@ def cases(d):
         yield "sab", (x,), d.mab(6, 6, 4, pre=pre), {"mask": own}
         isab = ISAB(d.array(3, 4), d.mab(4, 6, 4, pre=pre), d.mab(6, 4, 4, pre=pre))
         yield "isab", (x,), isab, {"mask": own}
+        yield "isab", (x,), isab, {"mask": own, "query_residual": False}
         pma = PMA(d.array(2, 4), d.mab(4, 6, 4, pre=pre), d.ff(6))
         yield "pma", (x,), pma, {"mask": own}
         encoder = isab, d.mab(4, 4, 6, pre=pre)

@@ -573,7 +573,7 @@ def residual(case: Drawn, silent: bool = True) -> None:
     case = case.with_masks(query_mask=None).with_params(p._replace(attention=attention))
     only, x = case.with_params(case.params._replace(ff=()))(), case.arrays[0]
     o = Options(namespace_of(x), eps=options["eps"])
-    h = np.broadcast_to(by_hand(x, p.project), only.shape) + 0
+    h = np.broadcast_to(by_hand(x, p.project), only.shape) + 0 if options["query_residual"] else np.zeros_like(only)
     same(only, norm(norm(h, p.attention_norm, o), p.output_norm, o) + 0)
     # A feed-forward network whose last layer is 0 is none.
     if not is_absent(p.ff) and not is_absent(p.ff.output):
@@ -582,7 +582,10 @@ def residual(case: Drawn, silent: bool = True) -> None:
 
 
 def test_branches_of_zero_leave_the_residual():
-    """A block whose branches give 0 gives its norms of its projected queries, bit for bit; with others it does not."""
+    """A block whose branches give 0 gives its norms of its projected queries, bit for bit; with others it does not.
+
+    Where the queries are not added, it gives its norms of 0.
+    """
     for_all(residual, blocks("mab"))
     rejects(defects.planted(), lambda case: residual(case, silent=False), blocks("mab", least=1))
 

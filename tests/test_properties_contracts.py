@@ -46,7 +46,8 @@ def rows_and_width(case: Drawn) -> tuple[tuple[int, ...], int]:
         return width if is_absent(output) else output.weight.shape[-1]
 
     def of_mab(b: setattn.MAB, width: int) -> int:
-        return of_output(b.project, width)
+        queries = of_output(b.project, width)
+        return queries if case.options["query_residual"] else of_attention(b.attention, queries)
 
     width = case.arrays[0].shape[-1]
     match case.function:

@@ -297,8 +297,8 @@ LAYERS = [
     {"_context"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_set_transformer", "_perceiver_layers", "_resampler", "_flamingo"},
-    {"_perceiver"},
+    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_resampler", "_flamingo"},
+    {"_perceiver", "_set_transformer"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"checkpoints/__init__", "checkpoints/_block", "checkpoints/_safetensors", "checkpoints/_npz"},
@@ -307,6 +307,7 @@ LAYERS = [
     {"checkpoints/_torch"},
     {
         "checkpoints/pooling",
+        "checkpoints/set_transformer",
         "checkpoints/perceiver_lucidrains",
         "checkpoints/perceiver_krasserm",
         "checkpoints/resamplers",

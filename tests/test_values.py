@@ -144,12 +144,15 @@ def mixed_up(changed: dict, case: Drawn) -> None:
         ("latent_transformer", {"eps": 1e-5}, {"eps": 1e-6}),
         ("attention", {"scale": 1 / math.sqrt(3)}, {"scale": 1 / math.sqrt(3) * (1 + 1e-5)}),
         ("cross_attention", {"query_residual": True}, {"query_residual": False}),
+        ("mab", {"query_residual": True}, {"query_residual": False}),
         ("gated_cross_attention", {"immediate": True}, {"immediate": False}),
     ],
 )
 def test_options_that_are_mixed_up_are_noticed(name, told, done):
     """The oracle tells the two GELUs, two eps, two scales and two residuals apart."""
-    domain = drawn(name, "float32", least=2, ladders=("normal",)).map(
+    domain = drawn(name, "float32", least=2, ladders=("normal",))
+    # Queries that are not added may have another width than what they would be added to.
+    domain = domain.filter(lambda c: c.options.get("query_residual", True)).map(
         lambda c: Drawn(c.function, c.arrays, c.params, c.masks, c.options | told, c.elements, c.note)
     )
 

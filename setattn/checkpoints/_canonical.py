@@ -118,9 +118,11 @@ def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
         return " ".join(["array", *(str(order.index(axis)) for axis in range(len(order)))])
     if not hasattr(tree, "_fields"):
         return [_form(part, _join(path, str(i)), arrays) for i, part in enumerate(tree)]
-    fields = zip(tree._fields, tree, strict=True)
+    node: Any = tree
+    fields, optional = zip(node._fields, node, strict=True), node._field_defaults
     parts = {name: _form(part, _join(path, name), arrays) for name, part in fields}
-    return {type(tree).__name__: {name: part for name, part in parts.items() if part is not None}}
+    # A part that a node is always given is written down where it is absent, too.
+    return {type(tree).__name__: {k: part for k, part in parts.items() if part is not None or k not in optional}}
 
 
 def _join(path: str, name: str) -> str:

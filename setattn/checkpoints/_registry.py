@@ -7,7 +7,7 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES: tuple[str, ...] = ("pooling", "perceiver_lucidrains", "perceiver_krasserm", "resamplers")
+FAMILIES = ("pooling", "set_transformer", "perceiver_lucidrains", "perceiver_krasserm", "resamplers")
 
 
 @functools.cache
