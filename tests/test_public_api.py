@@ -62,8 +62,8 @@ def test_version():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_documented(name):
     doc = NumpyDocString(inspect.getdoc(FUNCTIONS[name]))
-    sections = ["Summary", "Returns", "Raises", "Examples"]
-    sections += ["Parameters"] if inspect.signature(FUNCTIONS[name]).parameters else []
+    sections = ["Summary", "Returns", "Examples"]
+    sections += ["Parameters", "Raises"] if inspect.signature(FUNCTIONS[name]).parameters else []
     sections += ["Notes"] if name in BLOCKS else []
     for section in sections:
         assert doc[section], f"{name} lacks {section}"

@@ -25,11 +25,6 @@ def layouts() -> dict[str, Layout]:
         Each layout by its name, which is the value of ``layout=``, with the implementation it is of, the functions its
         blocks call and its options.
 
-    Raises
-    ------
-    ImportError
-        Never, unless files of the library are missing.
-
     Examples
     --------
     >>> import setattn

@@ -7,7 +7,7 @@ from setattn.checkpoints._weights import Weights
 
 
 def torch_attention(
-    w: Weights, key: str, query_dim: int | str, context_dim: int | str, heads: int, bias: bool | None = None
+    w: Weights, key: str, query_dim: int | str, context_dim: int | str, heads: int, bias: bool | None = True
 ) -> Attention:
     """Return a ``torch.nn.MultiheadAttention``, which packs its three weights in one where its widths are the same.
 
