@@ -26,6 +26,7 @@ from setattn._params import (
     LengthScale,
     Linear,
     MeanHead,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -401,23 +402,39 @@ def perceiver_resampler(call: Call, path: str, p: Any, features: Any) -> None:
     _node(call, path, p, Resampler)
     names = [n for n, e in (("media", p.media_embedding), ("frames", p.frame_embedding)) if not is_absent(e)]
     x = data(call, "features", features, ", ".join([*names, "n", "dim"]), len(names) + 2)
-    x = _optional_linear(call, f"{path}.input", p.input, x)
-    for name, embedding in (("media", p.media_embedding), ("frame", p.frame_embedding)):
-        if is_absent(embedding):
-            continue
-        at = f"{path}.{name}_embedding"
-        _weight(call, at, embedding, "rows", "dim")
-        _meet(call, x, at, embedding, "rows", x.size, axis=1)
-        size = features.shape[-3] if name == "frame" else features.shape[-2 - len(names)]
-        if size > embedding.shape[0]:
-            wanted = f"at most {embedding.shape[0]} in place of {size} on its {name} axis, the rows of {at}"
-            raise ShapeError(call.function, "features", tuple(features.shape), wanted, "shape")
+    _table(call, f"{path}.position", p.position, x, features, "n", -2)
+    x = _resampler_input(call, f"{path}.input", p.input, x)
+    _table(call, f"{path}.media_embedding", p.media_embedding, x, features, "media", -2 - len(names))
+    _table(call, f"{path}.frame_embedding", p.frame_embedding, x, features, "frame", -3)
     z = _learned(call, f"{path}.latents", p.latents, "m")
     _meet(call, x, f"{path}.latents", p.latents, "m", x.size, axis=1)
+    if not is_absent(p.mean_latents):
+        at = f"{path}.mean_latents"
+        _node(call, at, p.mean_latents, MeanLatents)
+        _norm(call, f"{at}.norm", p.mean_latents.norm, x)
+        _linear(call, f"{at}.project", p.mean_latents.project, x, "p", z.size, to_match=f"{path}.latents")
     _nodes(call, f"{path}.layers", p.layers, "setattn.CrossAttention", at_least=1)
     for i, layer in enumerate(p.layers):
         cross_attention(call, f"{path}.layers[{i}]", layer, z, x)
     _norm(call, f"{path}.output_norm", p.output_norm, _optional_linear(call, f"{path}.output", p.output, z))
+
+
+def _resampler_input(call: Call, path: str, p: Any, x: Width) -> Width:
+    if not is_absent(p):
+        _node(call, path, p, Linear, FeedForward)
+    return _feed_forward(call, path, p, x) if isinstance(p, FeedForward) else _optional_linear(call, path, p, x)
+
+
+def _table(call: Call, path: str, p: Any, x: Width, features: Any, name: str, axis: int) -> None:
+    """Check a table with a row for each place on an axis of the features."""
+    if is_absent(p):
+        return
+    _weight(call, path, p, "rows", "dim")
+    _meet(call, x, path, p, "rows", x.size, axis=1)
+    size, rows = features.shape[axis], p.shape[0]
+    if size > rows:
+        wanted = f"at most {rows} in place of {size} on its {name} axis, the rows of {path}"
+        raise ShapeError(call.function, "features", tuple(features.shape), wanted, "shape")
 
 
 def gated_cross_attention(call: Call, path: str, p: Any, x: Width, media: Width) -> None:

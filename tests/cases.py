@@ -200,6 +200,11 @@ def _ip_adapter(rng: np.random.Generator) -> setattn.Resampler:
     )
 
 
+def _mean_latents(dim: int, count: int, rng: np.random.Generator) -> setattn.MeanLatents:
+    weight = rng.normal(size=(dim, count, dim)) / math.sqrt(dim)
+    return setattn.MeanLatents(setattn.Linear(weight, np.zeros((count, dim))), LayerNorm(np.ones(dim), np.zeros(dim)))
+
+
 def _geglu(params: setattn.CrossAttention, rng: np.random.Generator) -> setattn.CrossAttention:
     return params._replace(ff=setattn.init_feed_forward(DIM, hidden=9, gate=True, rng=rng))
 
@@ -603,6 +608,35 @@ def _(rng: np.random.Generator) -> Case:
     masks = {"mask": _mask(rng, BATCH, N)}
     params = perturb(_ip_adapter(rng), rng)
     return Case("perceiver_resampler", (_set(rng, DIM_Y),), params, masks, {"activation": "gelu"})
+
+
+@_case("perceiver_resampler-ip-adapter-mean")
+def _(rng: np.random.Generator) -> Case:
+    position, made = rng.normal(size=(9, DIM_Y)), _mean_latents(DIM, 2, rng)
+    params = perturb(_ip_adapter(rng)._replace(position=position, mean_latents=made), rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_resampler", (_set(rng, DIM_Y),), params, masks, {"activation": "gelu"})
+
+
+@_case("perceiver_resampler-idefics2-connector")
+def _(rng: np.random.Generator) -> Case:
+    params = _idefics2(rng)
+    hidden, gate, output = (
+        setattn.init_linear(*sizes, bias=False, rng=rng) for sizes in ((DIM_Y, 8), (DIM_Y, 8), (8, DIM))
+    )
+    params = params._replace(layers=params.layers[:1], input=FeedForward(hidden, output, gate))
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_resampler", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"activation": "silu"})
+
+
+@_case("perceiver_resampler-media-frames-mean")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_resampler(
+        DIM, num_heads=HEADS, num_latents=5, num_layers=1, num_frames=6, num_media=8, rng=rng
+    )
+    params = params._replace(position=rng.normal(size=(8, DIM)), mean_latents=_mean_latents(DIM, 2, rng))
+    features, masks = rng.normal(size=(BATCH, 4, 3, N, DIM)), {"mask": _mask(rng, BATCH, 4, 3, N)}
+    return Case("perceiver_resampler", (features,), perturb(params, rng), masks)
 
 
 def _gated_variants() -> None:

@@ -142,6 +142,13 @@ class Oracle:
         z = self.a.sqrt(2 / self.a.pi) * (t + self.a.number("0.044715") * t * t * t)
         return t * self.sigmoid(2 * z)
 
+    def mean(self, x):
+        """The mean of the rows (n, d), as one row; of none it is 0."""
+        out = np.full((1, x.shape[1]), self.a.number(0), dtype=object)
+        for j in range(x.shape[1] if x.shape[0] else 0):
+            out[0, j] = self.a.total(x[:, j]) / x.shape[0]
+        return out
+
     def gate(self, x, gate):
         """Scale each feature by tanh of a gate of one number, or of one for each feature."""
         out = np.empty(x.shape, dtype=object)
@@ -324,9 +331,6 @@ class Oracle:
         features = features if absent(p.features_project) else self.linear(features, p.features_project)
         return self.concatenate([x, features], axis=1)
 
-    def mean(self, x):
-        return np.array([[self.a.total(column) / x.shape[0] for column in x.T]], dtype=object)
-
     def perceiver(self, inputs, p, mask=None, depth=None, query_residual=True):
         places = np.arange(inputs.shape[0]) if mask is None else np.flatnonzero(mask)
         z = self.encode(self.embed(inputs[places], p.input, places), p, depth, query_residual)
@@ -360,7 +364,11 @@ class Oracle:
 
     def resample(self, frames, medium, p, mask=None):
         """Resample the frames of one medium, a list of sets."""
-        x = [frame if absent(p.input) else self.linear(frame, p.input) for frame in frames]
+        x = frames if absent(p.position) else [self.add(frame, p.position[: frame.shape[0]]) for frame in frames]
+        if not absent(p.input):
+            layer = {"Linear": self.linear, "FeedForward": self.feed_forward}[type(p.input).__name__]
+            x = [layer(frame, p.input) for frame in x]
+        x = list(x)
         for t, frame in enumerate(x):
             # An embedding is added to every element: row zero, as often as the frame has elements.
             row = np.zeros(frame.shape[0], dtype=int)
@@ -370,6 +378,9 @@ class Oracle:
         if mask is not None:
             x = x[np.asarray(mask, dtype=bool).reshape(-1)]
         z = p.latents
+        if not absent(p.mean_latents):
+            made = self.linear(self.norm(self.mean(x), p.mean_latents.norm), p.mean_latents.project)
+            z = self.concatenate([made.reshape(-1, z.shape[1]), z])
         for layer in p.layers:
             q = self.norm(z, layer.query_norm)
             context = self.concatenate([self.norm(x, layer.context_norm), q])
@@ -471,7 +482,8 @@ def _resampler(engine, features, p, mask=None):
     if not media:
         return out[0]
     width = (p.latents if absent(p.output) else p.output.weight).shape[1]
-    return engine.concatenate([engine.lift(np.zeros((0, p.latents.shape[0], width))), *[z[None] for z in out]])
+    rows = p.latents.shape[0] + (0 if absent(p.mean_latents) else p.mean_latents.project.weight.shape[1])
+    return engine.concatenate([engine.lift(np.zeros((0, rows, width))), *[z[None] for z in out]])
 
 
 def _call(engine, name, arrays, params, options):

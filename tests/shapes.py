@@ -21,6 +21,7 @@ from setattn import (
     LengthScale,
     Linear,
     MeanHead,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -202,11 +203,19 @@ def resampler(p: Any, features: tuple[int, ...]) -> tuple[int, ...]:
     need(type(p) is Resampler)
     embeddings = [e for e in (p.media_embedding, p.frame_embedding) if not absent(e)]
     need(len(features) >= 2 + len(embeddings) and features[-1] > 0)
-    width = affine(p.input, features[-1])
-    for embedding, axis in zip(embeddings, range(-2 - len(embeddings), -2), strict=True):
-        rows, dim = shape(embedding, 2)
-        need(rows >= features[axis] and dim == width)
+    width = (feed_forward if type(p.input) is FeedForward else affine)(p.input, features[-1])
+    tables = [(p.position, -2, features[-1])] if not absent(p.position) else []
+    tables += [(e, i - 2 - len(embeddings), width) for i, e in enumerate(embeddings)]
+    for table, axis, dim in tables:
+        rows, columns = shape(table, 2)
+        need(rows >= features[axis] and columns == dim)
     m, dim = shape(p.latents, 2)
+    if not absent(p.mean_latents):
+        need(type(p.mean_latents) is MeanLatents)
+        norm(p.mean_latents.norm, width)
+        made, columns = heads_of(p.mean_latents.project, width)
+        need(columns == dim)
+        m += made
     need(dim == width and type(p.layers) is tuple and len(p.layers) > 0)
     for layer in p.layers:
         need(cross_attention(layer, width, width) == width)

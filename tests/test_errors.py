@@ -238,6 +238,45 @@ def test_more_frames_or_media_than_rows(backend, name, axis, part):
     assert error.wanted == wanted
 
 
+def test_more_elements_than_positions(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    rows = case.params.position.shape[0]
+    error = refused(backend, case, ShapeError, "features", arrays=(np.ones((BATCH, rows + 1, DIM_Y)),))
+    assert error.wanted == f"at most {rows} in place of {rows + 1} on its n axis, the rows of params.position"
+    assert case.numpy().shape[:2] == (BATCH, 2 + 5)
+
+
+def test_positions_are_added_before_the_input_layer(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    params = case.params._replace(position=np.ones((9, DIM)))
+    error = refused(backend, case, ShapeError, "features", params=params)
+    assert error.wanted == f"(..., {DIM}) to match params.position of shape (9, {DIM})"
+
+
+def test_input_that_is_no_layer(backend):
+    case = UNMASKED["perceiver_resampler-idefics2-connector"]
+    for wrong, got in ((None, "None"), (LayerNorm(), "a LayerNorm")):
+        error = refused(backend, case, ParameterError, "params.input", params=case.params._replace(input=wrong))
+        assert (error.got, error.wanted[:45]) == (got, "a setattn.Linear or setattn.FeedForward" + error.wanted[39:45])
+    ff = case.params.input._replace(output=())
+    refused(backend, case, ShapeError, "params.latents", params=case.params._replace(input=ff))
+
+
+def test_latents_of_the_mean_that_do_not_fit_the_learned_ones(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    made = case.params.mean_latents
+    project = Linear(made.project.weight[..., :5], ())
+    params = case.params._replace(mean_latents=made._replace(project=project))
+    error = refused(backend, case, ShapeError, "params.mean_latents.project.weight", params=params)
+    assert (error.got, error.wanted) == ((DIM, 2, 5), f"(dim_in, p, {DIM}) to match params.latents")
+    flat = Linear(np.ones((DIM, 2 * DIM)))
+    params = case.params._replace(mean_latents=made._replace(project=flat))
+    refused(backend, case, ShapeError, "params.mean_latents.project.weight", params=params)
+    refused(
+        backend, case, ParameterError, "params.mean_latents", params=case.params._replace(mean_latents=made.project)
+    )
+
+
 def test_one_row_of_time_embedding_is_not_shared_by_all_frames(backend):
     case = UNMASKED["perceiver_resampler-frames"]
     params = case.params._replace(frame_embedding=case.params.frame_embedding[:1])

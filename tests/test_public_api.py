@@ -298,7 +298,7 @@ LAYERS = [
     {"_context"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_flamingo"},
+    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_resampler", "_flamingo"},
     {"_perceiver", "_set_transformer"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},

@@ -237,13 +237,6 @@ class ErrorAnalysis(oracle.Oracle):
             h, t = h + np.abs(y), t + self.fresh(y, x.v)
         return Tracked(y, h, t)
 
-    def mean(self, x):
-        m, v = x.shape[0], x.v.mean(axis=0, keepdims=True)
-        squares, size = (x.v**2).sum(axis=0, keepdims=True), np.abs(x.v).mean(axis=0, keepdims=True)
-        noise = np.sqrt(_sum_variance(squares, (m * v) ** 2, m)) / m
-        t = x.t.mean(axis=1, keepdims=True) + self.fresh(noise, v) + self.fresh(v, v)
-        return Tracked(v, x.h.mean(axis=0, keepdims=True) + (m - 1) * size + np.abs(v) + self.tiny, t)
-
     def act(self, x):
         z, name = x.v, self.activation
         f = np.asarray(super().act(z), dtype=np.float64).reshape(z.shape)
@@ -274,6 +267,16 @@ class ErrorAnalysis(oracle.Oracle):
         v = x.v * y.v
         h = x.h * np.abs(y.v) + y.h * np.abs(x.v) + self.u * x.h * y.h + np.abs(v) + self.tiny
         return Tracked(v, h, x.t * y.v + x.v * y.t + self.u * x.t * y.t + self.fresh(v, v))
+
+    def mean(self, x):
+        """A sum of n terms, and a quotient that is exact where n is a power of two."""
+        n = max(x.shape[0], 1)
+        total = x.v.sum(axis=0, keepdims=True)
+        noise = np.sqrt(_sum_variance((x.v**2).sum(axis=0, keepdims=True), total**2, n))
+        v, own = total / n, float(n & (n - 1) > 0)
+        t = (x.t.sum(axis=1, keepdims=True) + self.fresh(noise, total)) / n + own * self.fresh(v, v)
+        h = (x.h + (n - 1) * np.abs(x.v) + self.tiny).sum(axis=0, keepdims=True) / n + own * np.abs(v)
+        return Tracked(v, h, t)
 
     def gate(self, x, gate):
         g = np.tanh(gate.v)[None]
