@@ -76,10 +76,15 @@ def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """List names, those that differ in one number alone as one: ``layers.{0..5}.weight``."""
+    return ", ".join(grouped(names))
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names that differ in one number alone, under the name that stands for them."""
     import re
 
     pending = dict.fromkeys(names)
-    lines = []
+    lines: dict[str, list[str]] = {}
     while pending:
         name = next(iter(pending))
         parts = re.split(r"(?<![^./])(\d+)(?![^./])", name)
@@ -94,5 +99,5 @@ def listed(names: Iterable[str]) -> str:
                 name = "".join([*parts[:i], f"{{{parts[i]}..{number - 1}}}", *parts[i + 1 :]])
         for other in best:
             del pending[other]
-        lines.append(name)
-    return ", ".join(lines)
+        lines[name] = best
+    return lines
