@@ -311,6 +311,7 @@ LAYERS = [
     {"checkpoints/_options"},
     {"checkpoints/_fit"},
     {"checkpoints/_load"},
+    {"checkpoints/_public"},
     {"__init__"},
 ]
 

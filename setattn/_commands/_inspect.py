@@ -13,7 +13,7 @@ from setattn._commands._weights import BESIDE, add_config, add_file, in_words
 from setattn._errors import ArgumentError
 from setattn.checkpoints._fit import grouped, listed
 from setattn.checkpoints._inspect import Miss, Place, Report, examine
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._public import layouts
 
 _MOST = 5  # layouts that are told of where none fits
 _LONGEST = 400  # characters of one reason

@@ -14,8 +14,7 @@ import numpy as np
 from setattn._commands._errors import CommandError
 from setattn._errors import ArgumentError
 from setattn.checkpoints._block import Block
-from setattn.checkpoints._load import load
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._public import layouts, load
 
 DTYPES = ("float16", "float32", "float64")
 
