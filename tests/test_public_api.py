@@ -293,6 +293,7 @@ LAYERS = [
     {"_namespace"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
+    {"_parts"},
     {"_structure", "_positions", "_layers", "_init/_draw"},
     {"_embedding", "_init/_layers"},
     {"_context"},
