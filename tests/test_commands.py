@@ -421,7 +421,7 @@ def test_run_says_layouts_and_prefixes_as_arguments(refused):
     got = refused(*call, "--layout", "siglip", "--option", "num_heads=2")
     assert "missing probe" in got
     assert got.endswith(fits)
-    assert refused(*call, "--layout", "nope").startswith("--layout is 'nope'; wanted one of 'siglip', ")
+    assert refused(*call, "--layout", "nope").startswith("--layout is 'nope'; wanted one of '")
 
 
 def test_run_refuses_weights(refused, folder):
@@ -692,7 +692,8 @@ def test_inspect_says_why_nothing_fits(say, folder):
     assert "dtypes   float64 (1 tensor, 24 bytes), int64 (1 tensor, 16 bytes)\n" in output
     assert "No tensor of a known layout is here." in output
     assert f"  {'siglip':24} probe\n" in output
-    assert "under prefix 'b'" in say("inspect", "head.safetensors", "--prefix", "b")[1]
+    _, output, _ = say("inspect", "other.npz", "--prefix", "b")
+    assert "No tensor of a known layout is here under prefix 'b'." in output
 
 
 def test_inspect_looks_where_it_is_told(say, folder):
@@ -701,7 +702,34 @@ def test_inspect_looks_where_it_is_told(say, folder):
     _, output, _ = say("inspect", "two.safetensors", "--prefix", "a.1.")
     assert "where    prefix a.1.\n" in output
     _, output, _ = say("inspect", "two.safetensors", "--prefix", "a.")
-    assert "No " in output.splitlines()[3]
+    assert "No layout fits whole under prefix 'a.'. What would fit:" in output
+    assert "attention_pool siglip 2 times, prefixes a.{0..1}." in words(output)
+
+
+def test_inspect_tells_parts_of_a_model_in_short(say):
+    """The authors' Set Transformer, whose heads divide a width, and which is made of blocks of the same layout."""
+
+    def affine(key, dim):
+        return {f"{key}.weight": (4, dim), f"{key}.bias": (4,)}
+
+    def mab(key, x, y):
+        maps = {"fc_q": x, "fc_k": y, "fc_v": y, "fc_o": 4}
+        return {name: shape for part, dim in maps.items() for name, shape in affine(f"{key}.{part}", dim).items()}
+
+    shapes = {}
+    for i, dim in enumerate((3, 4)):
+        shapes |= {f"enc.{i}.I": (1, 2, 4)} | mab(f"enc.{i}.mab0", 4, dim) | mab(f"enc.{i}.mab1", dim, 4)
+    shapes |= {"dec.0.S": (1, 1, 4)} | mab("dec.0.mab", 4, 4) | affine("dec.1", 4)
+    np.savez("model.npz", **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    code, output, _ = say("inspect", "model.npz")
+    assert code == 0
+    assert output.count("layout   ") == 1
+    assert "block    set_transformer, " in output
+    output = words(output)
+    assert "encoder.0.mab_inducing.attention.key.weight (dim_x 3, num_heads, head_dim)" in output
+    assert "encoder.{0..1}.inducing_points (inducing points 2, dim 4)" in output
+    assert "parts of it that can be loaded on their own isab set-transformer prefix enc." in output
+    assert "pma set-transformer prefix dec.0." in output
 
 
 def test_inspect_says_which_dtype_is_to_be_asked_for(say, folder):

@@ -63,11 +63,17 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
             yield from _place(args, place)
             inner = [part for part in report.places if part.part_of in place.prefixes]
             if inner:
-                yield "parts of it that can be loaded on their own, by their prefix"
-            yield from (f"  {p.function:22} {p.layout:22} {listed(p.prefixes)}" for p in inner)
+                yield "parts of it that can be loaded on their own"
+            yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in inner)
     if report.places:
         return
     yield ""
+    if args.prefix is not None:
+        elsewhere = [p for p in examine(args.file, config=args.config).places if p.part_of is None]
+        if elsewhere:
+            yield f"No layout fits whole under prefix {args.prefix!r}. What would fit:"
+            yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in elsewhere)
+            return
     where = "" if args.prefix is None else f" under prefix {args.prefix!r}"
     if not report.misses:
         yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
@@ -84,8 +90,7 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
 def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     yield f"layout   {place.layout} ({place.original})"
     if place.prefixes != ("",):
-        times = f"{len(place.prefixes)} times, prefixes" if len(place.prefixes) > 1 else "prefix"
-        yield f"where    {times} {listed(place.prefixes)}"
+        yield f"where    {_where(place)}"
     each = " each" if len(place.prefixes) > 1 else ""
     yield f"block    {place.function}, {place.parameters} parameters{each}"
     parts = dict(_parts(place))
@@ -111,6 +116,11 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     parts += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
     parts += [f"--option {name}=..." for name in guesses]
     yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(parts)}"
+
+
+def _where(place: Place) -> str:
+    times = f"{len(place.prefixes)} times, prefixes" if len(place.prefixes) > 1 else "prefix"
+    return f"{times} {listed(place.prefixes)}" if place.prefixes != ("",) else "no prefix"
 
 
 def _parts(place: Place) -> Iterator[tuple[str, str]]:
