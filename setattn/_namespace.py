@@ -355,7 +355,9 @@ def count(mask: Array, xp: Namespace) -> Array:
     name = name_of(xp)
     if name == "torch":
         return mask.sum(-1)
-    return np.count_nonzero(mask, axis=-1) if name == "numpy" else xp.sum(xp.astype(mask, xp.int32), axis=-1)
+    if name == "numpy":
+        return np.count_nonzero(mask, axis=-1)
+    return xp.sum(xp.astype(mask, xp.int32), axis=-1, dtype=xp.int32)
 
 
 def cumulative_count(mask: Array, xp: Namespace) -> Array:

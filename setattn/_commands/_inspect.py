@@ -110,12 +110,12 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     if place.layout == "setattn":
         yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy"
         return
-    parts = [f"--layout {place.layout}"]
-    parts += [f"--prefix {shlex.quote(place.prefixes[0])}"] if place.prefixes[0] else []
-    parts += [f"--config {shlex.quote(str(args.config))}"] if args.config else []
-    parts += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
-    parts += [f"--option {name}=..." for name in guesses]
-    yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(parts)}"
+    words = [f"--layout {place.layout}"]
+    words += [f"--prefix {shlex.quote(place.prefixes[0])}"] if place.prefixes[0] else []
+    words += [f"--config {shlex.quote(str(args.config))}"] if args.config else []
+    words += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
+    words += [f"--option {name}=..." for name in guesses]
+    yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(words)}"
 
 
 def _where(place: Place) -> str:

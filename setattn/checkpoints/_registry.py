@@ -7,7 +7,16 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES = ("gated", "perceiver_krasserm", "perceiver_lucidrains", "pooling", "set_transformer", "tabular")
+FAMILIES = (
+    "gated",
+    "perceiver",
+    "perceiver_krasserm",
+    "perceiver_lucidrains",
+    "pooling",
+    "resamplers",
+    "set_transformer",
+    "tabular",
+)
 
 
 @functools.cache

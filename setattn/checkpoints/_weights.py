@@ -92,12 +92,9 @@ class Weights:
     # --- arrays and the parts of a tree ---
 
     def array(self, key: str, *axes: Axis) -> Array:
-        """Return a tensor of these axes; the leading ones that are 1 are dropped."""
-        a = self._take(key, axes)
-        leading = 0
-        while leading < len(axes) and axes[leading] == 1:
-            leading += 1
-        return a if _is_hole(a) or not leading else self._reshaped(a, axes[leading:])
+        """Return a tensor of these axes; those that are always 1 are dropped."""
+        a, kept = self._take(key, axes), [axis for axis in axes if axis != 1]
+        return a if _is_hole(a) or len(kept) == len(axes) else self._reshaped(a, kept)
 
     def row(self, key: str, axis: int | str) -> Array:
         """Return a tensor of one axis with an axis of 1 in front."""
