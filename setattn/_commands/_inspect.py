@@ -93,9 +93,9 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
         yield f"where    {_where(place)}"
     each = " each" if len(place.prefixes) > 1 else ""
     yield f"block    {place.function}, {place.parameters} parameters{each}"
-    parts = dict(_parts(place))
-    width = max(map(len, parts))
-    yield from (f"  {name:{width}}  {shape}" for name, shape in parts.items())
+    shapes = dict(_parts(place))
+    width = max(map(len, shapes))
+    yield from (f"  {name:{width}}  {shape}" for name, shape in shapes.items())
     if place.settings:
         yield "options"
     for name, value, origin, about in place.settings:
