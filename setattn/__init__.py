@@ -66,10 +66,8 @@ from setattn._positions import fourier_features, sincos_features
 from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
-from setattn.checkpoints._canonical import save
 from setattn.checkpoints._layout import Layout
-from setattn.checkpoints._load import load
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._public import layouts, load, save
 
 __version__ = "0.1.0"
 

@@ -30,6 +30,7 @@ from hypothesis import given
 import setattn
 from setattn import (
     ArgumentError,
+    CheckpointError,
     DTypeError,
     LayerNorm,
     Linear,
@@ -1030,7 +1031,7 @@ def test_arrays_of_any_shape_are_refused_or_give_the_shape_foreseen(name, data):
 
 
 def test_one_family():
-    kinds = [ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError]
+    kinds = [ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError, CheckpointError]
     assert set(ArgumentError.__subclasses__()) == set(kinds)
     for kind in kinds:
         assert issubclass(kind, ValueError) != issubclass(kind, TypeError)

@@ -311,6 +311,7 @@ LAYERS = [
     {"checkpoints/_options"},
     {"checkpoints/_fit", "checkpoints/_words"},
     {"checkpoints/_load", "checkpoints/_inspect"},
+    {"checkpoints/_public"},
     {"__init__"},
 ]
 

@@ -12,7 +12,7 @@ from setattn._commands._files import check_another, check_writable
 from setattn._commands._weights import add_file, add_options, in_words, load_block
 from setattn._errors import ArgumentError
 from setattn._params import count_params
-from setattn.checkpoints._canonical import save
+from setattn.checkpoints._public import save
 
 
 def add_command(commands: Any) -> None:

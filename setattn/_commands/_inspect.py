@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from setattn._commands._errors import CommandError
-from setattn._commands._weights import BESIDE, add_config, add_file, in_words
+from setattn._commands._weights import BESIDE, add_file, add_settings, in_words, options_of
 from setattn._errors import ArgumentError
 from setattn.checkpoints._fit import grouped, listed
-from setattn.checkpoints._inspect import Miss, Place, Report, examine
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._inspect import Miss, Place, Report, Setting, examine
+from setattn.checkpoints._public import layouts
 
 _MOST = 5  # layouts that are told of where none fits
 _LONGEST = 400  # characters of one reason
@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
         epilog="example: python -m setattn inspect model.safetensors",
     )
     add_file(parser)
-    add_config(parser)
+    add_settings(parser)
     parser.add_argument(
         "--prefix", metavar="TEXT", help="look only at tensors whose names begin with this, as those of one block"
     )
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     try:
         try:
-            report = examine(args.file, config=args.config, prefix=args.prefix)
+            report = examine(args.file, config=args.config, prefix=args.prefix, options=options_of(args))
         except ArgumentError as error:
             names = {"source": "FILE", "config": "--config" if args.config else BESIDE}
             raise CommandError(in_words(error, names)) from error
@@ -65,26 +65,34 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
             if inner:
                 yield "parts of it that can be loaded on their own"
             yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in inner)
-    if report.places:
-        return
-    yield ""
+    if report.places and report.misses:
+        yield ""
+        yield "All tensors are there also of these layouts, but not in the shapes that their options ask for:"
+    elif not report.places:
+        yield ""
+        yield from _nothing(args, report)
+    for miss in report.misses[:_MOST]:
+        yield from _miss(miss)
+    if len(report.misses) > _MOST:
+        yield f"  and {len(report.misses) - _MOST} that fit less well"
+
+
+def _nothing(args: argparse.Namespace, report: Report) -> Iterator[str]:
+    """Say that no layout fits, and what may be done."""
     if args.prefix is not None:
-        elsewhere = [p for p in examine(args.file, config=args.config).places if p.part_of is None]
+        everywhere = examine(args.file, config=args.config, options=options_of(args))
+        elsewhere = [place for place in everywhere.places if place.part_of is None]
         if elsewhere:
             yield f"No layout fits whole under prefix {args.prefix!r}. What would fit:"
             yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in elsewhere)
             return
     where = "" if args.prefix is None else f" under prefix {args.prefix!r}"
-    if not report.misses:
-        yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
-        for layout in layouts().values():
-            yield f"  {layout.name:24} {', '.join(layout.anchors)}"
+    if report.misses:
+        yield f"No layout fits whole{where}. Those that come nearest:"
         return
-    yield f"No layout fits whole{where}. Those that come nearest:"
-    for miss in report.misses[:_MOST]:
-        yield from _miss(miss)
-    if len(report.misses) > _MOST:
-        yield f"  and {len(report.misses) - _MOST} that fit less well"
+    yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
+    for layout in layouts().values():
+        yield f"  {layout.name:24} {', '.join(layout.anchors)}"
 
 
 def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
@@ -98,12 +106,7 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     yield from (f"  {name:{width}}  {shape}" for name, shape in shapes.items())
     if place.settings:
         yield "options"
-    for name, value, origin, about in place.settings:
-        if origin in ("config", "default", "file"):
-            source = {"config": f"config.json: {about}", "default": f"default; {about}", "file": "in the file"}[origin]
-            yield f"  {name} = {value}  ({source})"
-        else:
-            yield f"  {name} is {'needed' if origin == 'needed' else 'not usable'}: {about}"
+    yield from (f"  {_setting(setting)}" for setting in place.settings)
     if guesses := [s.name for s in place.settings if s.origin in ("needed", "wrong")]:
         yield f"The dots stand for {' and '.join(guesses)}, which no shape says:"
     yield f"  {place.call}"
@@ -114,8 +117,17 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     words += [f"--prefix {shlex.quote(place.prefixes[0])}"] if place.prefixes[0] else []
     words += [f"--config {shlex.quote(str(args.config))}"] if args.config else []
     words += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
+    words += [f"--option {s.name}={s.value}" for s in place.settings if s.origin == "given"]
     words += [f"--option {name}=..." for name in guesses]
     yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(words)}"
+
+
+def _setting(setting: Setting) -> str:
+    name, value, origin, about = setting
+    if value is None and origin in ("needed", "wrong"):
+        return f"{name} is {'needed' if origin == 'needed' else 'not usable'}: {about}"
+    sources = {"config": f"config.json: {about}", "default": f"default; {about}", "file": "in the file"}
+    return f"{name} = {value}  ({sources.get(origin, about)})"
 
 
 def _where(place: Place) -> str:
@@ -136,9 +148,12 @@ def _parts(place: Place) -> Iterator[tuple[str, str]]:
 
 def _miss(miss: Miss) -> Iterator[str]:
     where = f" under prefix {miss.prefix!r}" if miss.prefix else ""
-    yield f"  {miss.layout}{where}: {100 * miss.share:.0f} % of the names are in both"
+    share = "all names" if miss.share == 1 else f"{100 * miss.share:.0f} % of the names"
+    yield f"  {miss.layout}{where}: {share} are in both"
     for reason in miss.reasons:
         yield f"    {reason if len(reason) <= _LONGEST else reason[:_LONGEST] + ' ...'}"
+    if miss.share == 1:
+        yield from (f"    option {_setting(setting)}" for setting in miss.settings)
 
 
 def _number(n: int, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,6 @@ _ACTIVATIONS = {
 
 def read_config(config: Any, folder: Path | None) -> Mapping[str, Any]:
     """Return a configuration: a mapping, the content of a file, or of the ``config.json`` beside the weights."""
-    import json
-
     if isinstance(config, Mapping):
         return config
     if config is None:

@@ -111,8 +111,7 @@ def _pixelwise(w: Weights, n: Names) -> Linear:
     if n is AUTHORS:
         weight = w.array(f"{n.pixels}/w", 1, 1, "channels", "projected")
         return Linear(weight, w.array(f"{n.pixels}/b", "projected"))
-    weight = w.array(f"{n.pixels}.weight", "projected", "channels", 1, 1)
-    weight = weight if is_absent(weight) else _transposed(weight[:, :, 0, 0])
+    weight = _transposed(w.array(f"{n.pixels}.weight", "projected", "channels", 1, 1))
     return Linear(weight, w.array(f"{n.pixels}.bias", "projected"))
 
 
@@ -135,7 +134,7 @@ def _input(w: Weights, n: Names, kind: str, size: tuple[int | None, int | None],
     height, width = (published if own is None else own for own, published in zip(size, _SIZES[kind], strict=True))
     return InputEmbedding(
         project=w.linear(n.patches, ["patch"], ["projected"]) if kind == "flow" else (),
-        features=_places(height, width, latents, kind),
+        features=w.computed((height * width, _FOURIER), lambda: _places(height, width, latents, kind)),
     )
 
 
