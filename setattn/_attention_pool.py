@@ -8,7 +8,7 @@ from setattn._attend import attend
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
-from setattn._layers import linear, norm, options, residual_feed_forward
+from setattn._layers import Options, linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool
 from setattn._typing import Array
 
@@ -85,7 +85,12 @@ def attention_pool(
     def body(p: AttentionPool) -> Array:
         y = Context(x, mask, norm=p.context_norm)
         h = attend(p.probe, [y], p.attention, o, p.query_norm)
-        h = residual_feed_forward(h, p, o)
-        return linear(norm(h, p.output_norm, o), p.output, o.xp)
+        return after_pool(h, p, o)
 
     return evaluate(call, body, params)
+
+
+def after_pool(h: Array, p: AttentionPool, o: Options) -> Array:
+    """Compute what follows the attention ``h`` of the probe."""
+    h = residual_feed_forward(h, p, o)
+    return linear(norm(h, p.output_norm, o), p.output, o.xp)

@@ -92,7 +92,9 @@ def perceiver_resampler(
     def body(p: Resampler) -> Array:
         y, z = _flatten(features, mask, p, o), p.latents
         for layer in p.layers:
-            z = _resample(z, y, layer, o)
+            contexts = resampler_contexts(z, y, layer)
+            h = attend(z, contexts, layer.attention, o, layer.query_norm)
+            z = residual_feed_forward(z + h, layer, o)
         return norm(linear(z, p.output, o.xp), p.output_norm, o)
 
     return evaluate(call, body, params)
@@ -191,10 +193,9 @@ def gated_cross_attention(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
-    """Let latents attend to features and to themselves."""
-    contexts = [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
-    return residual_feed_forward(z + attend(z, contexts, p.attention, o, p.query_norm), p, o)
+def resampler_contexts(z: Array, y: Context, p: CrossAttention) -> list[Context]:
+    """Return what the latents attend to: the features and themselves."""
+    return [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
 
 
 def _gated(x: Array, y: Context, params: GatedCrossAttention, o: Options) -> Array:
