@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
-from setattn._context import Context, ready
+from setattn._context import Context, log_length, ready
 from setattn._layers import AnyNorm, Options, folded, norm
-from setattn._params import Attention, Linear
+from setattn._params import Attention, Linear, is_absent
 from setattn._state import (
     State,
     attend_at_once,
@@ -30,8 +30,9 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
     if len(contexts) == 1 and _parts(query, contexts[0], p, o) is None:
         order = order_of(query, contexts[0], p, o, whole=True)
         if order.values == "carry_output":
+            log_n = log_length_of(query, contexts, p, o)
             context, p = _folded(contexts[0], p, o)
-            return attend_at_once(queries(query, context, p, order, o), ready(context, o), p, o)
+            return attend_at_once(queries(query, context, p, order, o, log_n), ready(context, o), p, o)
     return output(finish(_state(query, contexts, p, o), o.xp), query, p, o.xp)
 
 
@@ -67,13 +68,20 @@ def _state(query: Array, contexts: Sequence[Context], p: Attention, o: Options) 
         parts = run(sets, cut(contexts[0].elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
-    return fold(lambda a, b: merge_states(a, b, o.xp), [_state_of_one(query, context, p, o) for context in contexts])
+    log_n = log_length_of(query, contexts, p, o)
+    states = [_state_of_one(query, context, p, o, log_n) for context in contexts]
+    return fold(lambda a, b: merge_states(a, b, o.xp), states)
 
 
-def _state_of_one(query: Array, context: Context, p: Attention, o: Options) -> State:
+def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> Array | None:
+    """Return the logarithm of how many elements take part, before any of them are cut into blocks, if it is needed."""
+    return None if is_absent(p.length_scale) else log_length(query, contexts, o.xp)
+
+
+def _state_of_one(query: Array, context: Context, p: Attention, o: Options, log_n: Array | None) -> State:
     order, cuts = order_of(query, context, p, o), _parts(query, context, p, o)
     context, p = _folded(context, p, o)
-    q = queries(query, context, p, order, o)
+    q = queries(query, context, p, order, o, log_n)
     blocks = [context] if cuts is None else [context.part(c) for c in cuts]
     states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
     return of_values(fold(lambda a, b: merge_states(a, b, o.xp), states), order, p, o.xp)

@@ -6,7 +6,7 @@ import math
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._attend import attend, by_queries
+from setattn._attend import attend, by_queries, log_length_of
 from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context, ready
@@ -25,6 +25,7 @@ def attention(
     mask: Array | None = None,
     pair_mask: Array | None = None,
     bias: Array | None = None,
+    activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
     plan: Plan | None = None,
@@ -38,6 +39,16 @@ def attention(
 
         \operatorname{attention}(Q, Y) =
             \sum_j \operatorname{softmax}(s\, q_j k_j^\top + \beta)\, v_j\, W^O_j + b^O
+
+    With a ``length_scale``, every :math:`q_j` is first multiplied by a factor that depends on how many elements take
+    part, :math:`n`,
+
+    .. math::
+
+        q_j \leftarrow q_j \odot \operatorname{base}_j(\log n) \odot (1 + \tanh(\operatorname{net}(q_j)))
+
+    where the last factor may be absent. Masked elements do not count; under a ``pair_mask``, each query counts those
+    that it sees. A ``bias`` changes no count. The logarithm of no elements is taken as 0.
 
     Parameters
     ----------
@@ -54,6 +65,8 @@ def attention(
     bias : array, shape (..., n), optional
         Added to the scores of every query and head; the logarithm of a multiplicity makes an element count that often.
         An element of bias ``-inf`` has weight 0, but unlike a masked one it is looked at: its values have to be finite.
+    activation : {"gelu", "gelu_tanh", "relu", "squared_relu", "silu"}
+        Activation of the networks of a ``length_scale``; nothing else has one.
     eps : float, default 1e-5
         Added to the variance in the norms of queries and keys, where ``params`` has them.
     scale : float, optional
@@ -81,7 +94,8 @@ def attention(
     Cost: :math:`O((m + n)\, d^2 + m n d)` operations. Sums run in float32 at least.
 
     A. Vaswani et al., *Attention Is All You Need*, 2017, section 3.2; grouped keys and values: J. Ainslie et al., *GQA:
-    Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints*, 2023.
+    Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints*, 2023; factors of :math:`\log n`:
+    K. M. Nakanishi, *Scalable-Softmax Is Superior for Attention*, 2025.
 
     Examples
     --------
@@ -94,7 +108,7 @@ def attention(
     (4, 3, 8)
     """
     call = _check_attention("attention", query, context, params, mask, pair_mask, bias)
-    o = options(call, eps=eps, scale=scale, plan=plan)
+    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(params: Attention) -> Array:
         def rows(q: Array, y: Context, _: Block | None) -> Array:
@@ -114,6 +128,7 @@ def attention_weights(
     mask: Array | None = None,
     pair_mask: Array | None = None,
     bias: Array | None = None,
+    activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
 ) -> Array:
@@ -123,7 +138,7 @@ def attention_weights(
 
     Parameters
     ----------
-    query, context, params, mask, pair_mask, bias, eps, scale
+    query, context, params, mask, pair_mask, bias, activation, eps, scale
         As for :func:`attention`.
 
     Returns
@@ -152,12 +167,12 @@ def attention_weights(
     True
     """
     call = _check_attention("attention_weights", query, context, params, mask, pair_mask, bias)
-    o = options(call, eps=eps, scale=scale)
+    o = options(call, activation=activation, eps=eps, scale=scale)
 
     def body(params: Attention) -> Array:
         q, y = enter(query, None, o), ready(Context(context, mask, pair_mask, bias), o)
-        w = softmax_weights(queries(q, y, params, order_of(q, y, params, o), o), y, params, o)
-        w = ungroup(w, head_counts(q, params)[0], q.shape[-2], o.xp)
+        of_queries = queries(q, y, params, order_of(q, y, params, o), o, log_length_of(q, [y], params, o))
+        w = ungroup(softmax_weights(of_queries, y, params, o), head_counts(q, params)[0], q.shape[-2], o.xp)
         return w if y.poisoned is None else o.xp.where(y.poisoned[..., None, :, None], math.nan, w)
 
     return evaluate(call, body, params)

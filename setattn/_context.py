@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from setattn._blocks import Block
 from setattn._call import widen
 from setattn._embedding import embed, rows_for
 from setattn._layers import AnyNorm, Options, enter, norm, select
+from setattn._namespace import count, creation_device
 from setattn._params import InputEmbedding, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -54,6 +55,23 @@ class Context(NamedTuple):
             bias=queries.of(self.bias),
             poisoned=queries.of(self.poisoned),
         )
+
+
+def log_length(query: Array, contexts: Sequence[Context], xp: Namespace) -> Array:
+    """Return the logarithm of how many elements of all contexts take part, ``(..., 1 or m, 1, 1)``; of none it is 0.
+
+    There is one for each query only where a ``pair_mask`` tells queries apart. A bias does not count.
+    """
+    n: Array = sum(c.elements.shape[-2] for c in contexts if c.mask is None and c.pair_mask is None)
+    for c in contexts:
+        if c.pair_mask is not None:
+            n = n + count(c.pair_mask if c.mask is None else xp.logical_and(c.pair_mask, c.mask[..., None, :]), xp)
+        elif c.mask is not None:
+            n = n + count(c.mask, xp)[..., None]
+    if isinstance(n, int):
+        n = xp.full((1,), n, dtype=query.dtype, device=creation_device(query, xp))
+    n = xp.astype(n, query.dtype)
+    return xp.log(xp.where(n < 1, 1.0, n))[..., None, None]
 
 
 def ready(context: Context, o: Options) -> Context:

@@ -108,7 +108,9 @@ def gated_cross_attention(
     *,
     mask: Array | None = None,
     media_locations: Array | None = None,
+    pair_mask: Array | None = None,
     immediate: bool = True,
+    ff_without_media: bool = True,
     activation: str = "squared_relu",
     eps: float = 1e-5,
     scale: float | None = None,
@@ -133,9 +135,13 @@ def gated_cross_attention(
         True where an element of the media takes part. The values of the others are never looked at.
     media_locations : array of bool, shape (..., n), optional
         True where a medium stands in the text. Text sees the medium it follows. If not given, all text sees all media.
+    pair_mask : array of bool, shape (..., n, media), optional
+        True where text sees a medium. With ``media_locations``, text sees what both let it see.
     immediate : bool, default True
         Whether text sees only the last medium before it (or at it), or all of them. With more places than media, text
         behind a place without a medium sees nothing, or all media.
+    ff_without_media : bool, default True
+        Whether the feed-forward network acts on text that sees nothing. If not, such text is left as it is.
     activation : {"squared_relu", "gelu", "gelu_tanh", "relu", "silu"}
         Activation of the feed-forward network. The paper's is the squared ReLU; OpenFlamingo uses ``"gelu"``, and
         Idefics and Llama 3.2 Vision a gate with ``"silu"``.
@@ -161,8 +167,9 @@ def gated_cross_attention(
     -----
     Cost: :math:`O((n + M)\, d^2 + n M d)` operations with :math:`M` media elements in all.
 
-    Known code differs where text sees nothing: OpenFlamingo's gives it the mean of all media in two of three cases,
-    Llama 3.2 Vision's lets it attend to every medium.
+    Known code differs where text sees nothing: OpenFlamingo's gives it the mean of all media in two of three cases.
+    Llama 3.2 Vision leaves it as it is in Meta's code (``ff_without_media=False``); in Hugging Face's, it attends to
+    every medium. In Flamingo and Idefics, the network acts on it.
 
     J.-B. Alayrac et al., *Flamingo: a Visual Language Model for Few-Shot Learning*, 2022, section 2.2 and appendix
     A.1.2.
@@ -183,11 +190,14 @@ def gated_cross_attention(
     check.mask(call, "mask", mask, media.shape[:-1], "one entry for each element of media")
     locations_shape = (*media.shape[:-3], x.shape[-2])
     check.mask(call, "media_locations", media_locations, locations_shape, "one entry for each element of x")
+    pairs = (*locations_shape, media.shape[-3])
+    check.mask(call, "pair_mask", pair_mask, pairs, "one entry for each pair from x and media")
     check.switch(call.function, "immediate", immediate)
+    check.switch(call.function, "ff_without_media", ff_without_media)
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    y = _visible(media, mask, media_locations, immediate, o.xp)
-    return evaluate(call, lambda p: _gated(x, y, p, o), params)
+    y = _visible(media, mask, _seen_media(media, media_locations, pair_mask, immediate, o.xp), o.xp)
+    return evaluate(call, lambda p: _gated(x, y, p, ff_without_media, o), params)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
@@ -198,16 +208,16 @@ def resampler_contexts(z: Array, y: Context, p: CrossAttention) -> list[Context]
     return [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
 
 
-def _gated(x: Array, y: Context, params: GatedCrossAttention, o: Options) -> Array:
+def _gated(x: Array, y: Context, params: GatedCrossAttention, ff_without_media: bool, o: Options) -> Array:
     xp, p = o.xp, params.cross_attention
 
     def rows(x: Array, part: Context, _: Block | None) -> Array:
-        x = enter(x, None, o)
+        x, sees = enter(x, None, o), _sees_anything(part, xp)
         a = attend(x, [part], p.attention, o, p.query_norm)
-        h = x + xp.tanh(params.attention_gate) * select(a, _sees_anything(part, xp), xp)
+        h = x + xp.tanh(params.attention_gate) * select(a, sees, xp)
         if isinstance(p.ff, FeedForward):
             h = h + xp.tanh(params.ff_gate) * normed_feed_forward(h, p.ff_norm, p.ff, o)
-        return h
+        return h if ff_without_media else xp.where(sees[..., None], h, x)
 
     return by_queries(rows, x, y._replace(norm=p.context_norm), p.attention, o)
 
@@ -229,18 +239,26 @@ def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options) -> Context:
     return Context(x, mask)
 
 
-def _visible(media: Array, mask: Array | None, locations: Array | None, immediate: bool, xp: Namespace) -> Context:
+def _seen_media(
+    media: Array, locations: Array | None, pair_mask: Array | None, immediate: bool, xp: Namespace
+) -> Array | None:
+    """Say which media ``(..., n, media)`` each row of text sees."""
+    if locations is None:
+        return pair_mask
+    place = cumulative_count(locations, xp)[..., None]
+    number = xp.arange(1, media.shape[-3] + 1, dtype=xp.int32, device=creation_device(media, xp))
+    sees = place == number if immediate else place >= number
+    return sees if pair_mask is None else xp.logical_and(sees, pair_mask)
+
+
+def _visible(media: Array, mask: Array | None, sees: Array | None, xp: Namespace) -> Context:
     """Lay the media end to end, and say which of their elements each row of text sees."""
     *batch, count, m, dim = media.shape
     mask = None if mask is None else xp.reshape(mask, (*batch, count * m))
-    pair_mask = None
-    if locations is not None:
-        place = cumulative_count(locations, xp)[..., None]
-        number = xp.arange(1, count + 1, dtype=xp.int32, device=creation_device(media, xp))
-        sees = place == number if immediate else place >= number
-        n = locations.shape[-1]
-        pair_mask = xp.reshape(xp.broadcast_to(sees[..., None], (*batch, n, count, m)), (*batch, n, count * m))
-    return Context(xp.reshape(media, (*batch, count * m, dim)), mask, pair_mask)
+    if sees is not None:
+        n = sees.shape[-2]
+        sees = xp.reshape(xp.broadcast_to(sees[..., None], (*batch, n, count, m)), (*batch, n, count * m))
+    return Context(xp.reshape(media, (*batch, count * m, dim)), mask, sees)
 
 
 def _sees_anything(y: Context, xp: Namespace) -> Array:

@@ -10,7 +10,7 @@ from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, is_half, widen
 from setattn._namespace import erf, into, matmul, relu, row_mean, row_mean_square, surely_within
-from setattn._params import FeedForward, LayerNorm, Linear, RMSNorm, is_absent
+from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
 AnyNorm: TypeAlias = LayerNorm | RMSNorm | Absent
@@ -126,6 +126,18 @@ def feed_forward(x: Array, p: FeedForward, o: Options) -> Array:
     gated = isinstance(p.gate, Linear)
     hidden = activation(linear(x, p.gate, xp), xp) * hidden if gated else activation(hidden, xp)
     return linear(hidden, p.output, xp)
+
+
+def scale_by_length(q: Array, log_n: Array, p: LengthScale, o: Options) -> Array:
+    """Scale queries ``(..., heads, m, head_dim)``, where ``(..., 1 or m, 1, 1)`` is the logarithm of a length."""
+    xp, heads = o.xp, q.shape[-3]
+    # Each logarithm has a product of its own, so that its factors do not depend on how many others there are.
+    base = linear(log_n, p.base, xp) if isinstance(p.base, Linear) else feed_forward(log_n, p.base, o)
+    *batch, rows, _, width = base.shape
+    base = xp.reshape(base[..., 0, :], (*batch, rows, heads, width // heads))
+    last = len(batch)
+    scaled = q * xp.permute_dims(base, (*range(last), last + 1, last, last + 2))
+    return scaled * (1.0 + xp.tanh(feed_forward(q, p.query, o))) if isinstance(p.query, FeedForward) else scaled
 
 
 def residual_feed_forward(x: Array, p: Any, o: Options) -> Array:

@@ -350,6 +350,14 @@ def _index(numbers: Array, xp: Namespace) -> Array:
     return xp.astype(numbers, xp.int32 if narrow else xp.int64)
 
 
+def count(mask: Array, xp: Namespace) -> Array:
+    """Count the True entries on the last axis, as integers, without a copy of the mask where that can be had."""
+    name = name_of(xp)
+    if name == "torch":
+        return mask.sum(-1)
+    return np.count_nonzero(mask, axis=-1) if name == "numpy" else xp.sum(xp.astype(mask, xp.int32), axis=-1)
+
+
 def cumulative_count(mask: Array, xp: Namespace) -> Array:
     """Count the True entries on the last axis up to and with each one, in int32."""
     counts = xp.astype(mask, xp.int32)

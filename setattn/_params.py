@@ -55,6 +55,19 @@ class FeedForward(NamedTuple):
     gate: Linear | Absent = ()
 
 
+class LengthScale(NamedTuple):
+    """A factor on the queries that depends on how many elements take part.
+
+    With ``n`` of them, a projected query ``q`` of a head becomes ``q * base(log(n))`` or, with ``query``,
+    ``q * base(log(n)) * (1 + tanh(query(q)))``. ``base`` maps one number to a factor for each head, ``(1, heads)``, or
+    for each of their features, ``(1, heads * head_dim)``; ``query`` maps ``head_dim`` to 1 or to ``head_dim``, the same
+    for all heads. The activation is that of the call.
+    """
+
+    base: Linear | FeedForward
+    query: FeedForward | Absent = ()
+
+
 class Attention(NamedTuple):
     """Multi-head attention with its projections.
 
@@ -62,7 +75,7 @@ class Attention(NamedTuple):
     ``(dim_context, kv_heads, value_dim)`` and ``output`` is ``(heads, value_dim, dim_out)``. ``heads`` is a multiple of
     ``kv_heads``: each key/value head serves a group of consecutive query heads. Without ``query`` the queries are used
     as they come, cut into heads of ``head_dim``; without ``output`` the heads are laid side by side. ``query_norm`` and
-    ``key_norm`` act on each head.
+    ``key_norm`` act on each head; ``length_scale`` comes after them.
     """
 
     query: Linear | Absent
@@ -71,6 +84,7 @@ class Attention(NamedTuple):
     output: Linear | Absent = ()
     query_norm: LayerNorm | RMSNorm | Absent = ()
     key_norm: LayerNorm | RMSNorm | Absent = ()
+    length_scale: LengthScale | Absent = ()
 
 
 class MAB(NamedTuple):

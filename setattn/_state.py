@@ -11,10 +11,10 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
-from setattn._layers import Options, linear, norm, select
+from setattn._layers import Options, linear, norm, scale_by_length, select
 from setattn._namespace import exp_into, into, like_rows, matmul
 from setattn._order import Order, Sizes, choose
-from setattn._params import Attention, Linear, is_absent
+from setattn._params import Attention, LengthScale, Linear, is_absent
 from setattn._typing import Array, Namespace
 
 
@@ -124,16 +124,21 @@ def order_of(query: Array, context: Context, p: Attention, o: Options, *, whole:
         dim_query=query.shape[-1] if isinstance(p.query, Linear) else None,
         dim_out=p.output.weight.shape[-1] if isinstance(p.output, Linear) else None,
     )
-    head_norms = not is_absent(p.query_norm), not is_absent(p.key_norm)
-    return choose(sizes, o.plan.order, whole=whole, head_norms=head_norms)
+    made = not is_absent(p.query_norm) or not is_absent(p.length_scale), not is_absent(p.key_norm)
+    return choose(sizes, o.plan.order, whole=whole, head_norms=made)
 
 
-def queries(query: Array, context: Context, p: Attention, order: Order, o: Options) -> Queries:
-    """Bring queries ``(..., m, dim)`` into the form that an order of products wants."""
+def queries(
+    query: Array, context: Context, p: Attention, order: Order, o: Options, log_n: Array | None = None
+) -> Queries:
+    """Bring queries ``(..., m, dim)`` into the form that an order of products wants.
+
+    ``log_n`` is the :func:`~setattn._context.log_length` of all that they attend to, needed for a ``length_scale``.
+    """
     scale = 1.0 / math.sqrt(p.key.weight.shape[-1]) if o.scale is None else o.scale
     if order.scores == "carry_keys":
         return Queries(query, order, scale=scale)
-    q = _projected_queries(query, p, o)
+    q = _projected_queries(query, p, o, log_n)
     if order.scores == "project" and o.eager and query.shape[-2] > context.elements.shape[-2]:
         return Queries(q, order, scale=scale)
     q = q * scale
@@ -255,8 +260,8 @@ def head_counts(query: Array, p: Attention) -> tuple[int, int]:
     return (p.query.weight.shape[1] if isinstance(p.query, Linear) else query.shape[-1] // head_dim), kv_heads
 
 
-def _projected_queries(query: Array, p: Attention, o: Options) -> Array:
-    """Project and normalise the queries, and lay each group of heads that shares keys along the query axis."""
+def _projected_queries(query: Array, p: Attention, o: Options, log_n: Array | None) -> Array:
+    """Project, normalise and scale the queries, and lay each group of heads that shares keys along the query axis."""
     xp, (heads, kv_heads) = o.xp, head_counts(query, p)
     m, head_dim = query.shape[-2], p.key.weight.shape[-1]
     if isinstance(p.query, Linear):
@@ -264,6 +269,9 @@ def _projected_queries(query: Array, p: Attention, o: Options) -> Array:
     else:
         q = xp.reshape(query, (*query.shape[:-1], heads, head_dim))
     q = _heads_first(norm(q, p.query_norm, o), xp)  # (..., heads, m, head_dim)
+    if isinstance(p.length_scale, LengthScale):
+        assert log_n is not None
+        q = scale_by_length(q, log_n, p.length_scale, o)
     if heads == kv_heads:
         return q
     batch, groups = q.shape[:-3], heads // kv_heads

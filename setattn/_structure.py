@@ -23,6 +23,7 @@ from setattn._params import (
     GatedCrossAttention,
     InputEmbedding,
     LayerNorm,
+    LengthScale,
     Linear,
     MeanHead,
     Perceiver,
@@ -159,6 +160,8 @@ def attention(call: Call, path: str, p: Any, query: Width, context: Width) -> Wi
     head = Width(head_dim, f"the head_dim of {path}.key")
     _norm(call, f"{path}.query_norm", p.query_norm, head)
     _norm(call, f"{path}.key_norm", p.key_norm, head)
+    if not is_absent(p.length_scale):
+        _length_scale(call, f"{path}.length_scale", p.length_scale, heads, head)
     if is_absent(p.output):
         return Width(heads * value_dim, f"{path}.value")
     _node(call, f"{path}.output", p.output, Linear)
@@ -168,6 +171,25 @@ def attention(call: Call, path: str, p: Any, query: Width, context: Width) -> Wi
     if not is_absent(p.output.bias):
         _weight(call, f"{path}.output.bias", p.output.bias, width, to_match=weight)
     return Width(width, f"{path}.output")
+
+
+def _length_scale(call: Call, path: str, p: Any, heads: int, head: Width) -> None:
+    """Check the factor on the queries of each head."""
+    _node(call, path, p, LengthScale)
+    base, log_n = f"{path}.base", Width(1, "the logarithm of the number of elements")
+    _node(call, base, p.base, Linear, FeedForward)
+    if isinstance(p.base, Linear):
+        (width,) = _linear(call, base, p.base, log_n, "dim_out")
+    else:
+        width = _feed_forward(call, base, p.base, log_n).size
+    if width not in (heads, heads * head.size):
+        wanted = f"{heads}, for each head, or {heads * head.size}, for each of their features"
+        raise ShapeError(call.function, base, width, wanted, "output width")
+    if not is_absent(p.query):
+        width = _feed_forward(call, f"{path}.query", p.query, head).size
+        if width not in (1, head.size):
+            wanted = f"1 or {head.size}, to match {head.source}"
+            raise ShapeError(call.function, f"{path}.query", width, wanted, "output width")
 
 
 def _learned(call: Call, path: str, a: Any, axes: str) -> Width:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import setattn
-from setattn import FeedForward, InputEmbedding, LayerNorm, MeanHead, RMSNorm
+from setattn import FeedForward, InputEmbedding, LayerNorm, LengthScale, Linear, MeanHead, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Case:
         """The position of the array of queries, if the elements are not their own."""
         return {"perceiver_io": 1}.get(self.function, 0 if self.elements else None)
 
+    @property
+    def masks_media(self) -> bool:
+        """Whether ``pair_mask`` is over media in place of elements."""
+        return self.function == "gated_cross_attention"
+
     def resized(
         self, *, batch: int | None = None, elements: int | None = None, queries: int | None = None, before: int = 0
     ) -> Case:
@@ -86,7 +91,8 @@ class Case:
         of_masks = {
             "mask": {-1 - before: elements},
             "bias": {-1: elements},
-            "pair_mask": {-1: elements, -2: queries},
+            # That of a gated block is over media, which hold the elements.
+            "pair_mask": {-1: None if self.masks_media and not before else elements, -2: queries},
             "query_mask": {-1: queries},
             "media_locations": {-1: queries},
         }
@@ -98,14 +104,22 @@ class Case:
         part = np.ones(self.arrays[self.elements].shape[:-1], dtype=bool)
         if "mask" in self.masks:
             part &= self.masks["mask"]
+        if self.masks_media:
+            sees = self.seen_media()
+            return part if sees is None else part & sees.any(axis=-2)[..., None]
         if "pair_mask" in self.masks:
             part &= self.masks["pair_mask"].any(axis=-2)
-        if "media_locations" in self.masks:
-            count, number = np.cumsum(self.masks["media_locations"], axis=-1), np.arange(1, part.shape[-2] + 1)
-            immediate = self.options.get("immediate", True)
-            sees = count[..., None] == number if immediate else count[..., None] >= number
-            part &= sees.any(axis=-2)[..., None]
         return part
+
+    def seen_media(self) -> np.ndarray | None:
+        """Say which media the rows of text see in a gated block; ``None`` where all see all."""
+        sees = self.masks.get("pair_mask")
+        if "media_locations" not in self.masks:
+            return sees
+        count, media = np.cumsum(self.masks["media_locations"], axis=-1)[..., None], self.arrays[1].shape[-3]
+        number = np.arange(1, media + 1)
+        placed = count == number if self.options.get("immediate", True) else count >= number
+        return placed if sees is None else placed & sees
 
     def with_garbage(self, values: tuple[float, ...]) -> Case:
         """Fill the elements that take part in nothing with garbage, in turn, and the masked queries and biases."""
@@ -250,6 +264,25 @@ def _(rng: np.random.Generator) -> Case:
     return Case("attention", _xy(rng), perturb(params, rng), masks, {"scale": 0.3}, elements=1)
 
 
+def _net(dim_in: int, dim_out: int, rng: np.random.Generator) -> FeedForward:
+    return FeedForward(setattn.init_linear(dim_in, 6, rng=rng), setattn.init_linear(6, dim_out, rng=rng))
+
+
+@_case("attention-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, rng=rng)
+    params = params._replace(length_scale=LengthScale(Linear(np.ones((1, HEADS)))))
+    return Case("attention", _xy(rng), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {}, elements=1)
+
+
+@_case("attention-length-pairs")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, head_norm="rms", rng=rng)
+    params = params._replace(length_scale=LengthScale(_net(1, DIM, rng), _net(DIM // HEADS, DIM // HEADS, rng)))
+    masks = {"pair_mask": _mask(rng, BATCH, M, N), "mask": rng.random((BATCH, N)) < 0.7, "bias": _set(rng, 1)[..., 0]}
+    return Case("attention", _xy(rng), perturb(params, rng), masks, {"activation": "silu"}, elements=1)
+
+
 @_case("attention_weights")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_attention(DIM, DIM_Y, num_heads=HEADS, num_kv_heads=2, rng=rng)
@@ -328,6 +361,15 @@ def _(rng: np.random.Generator) -> Case:
     params = setattn.ISAB(rng.normal(size=(5, DIM)), setattn.MAB(first), setattn.MAB(second))
     masks = {"mask": _mask(rng, BATCH, N)}
     return Case("isab", (_set(rng),), perturb(params, rng), masks, {"query_residual": False})
+
+
+@_case("isab-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_isab(DIM, num_inducing=5, num_heads=HEADS, hidden=9, form="pre_norm", rng=rng)
+    scale = LengthScale(_net(1, HEADS, rng), _net(DIM // HEADS, 1, rng))
+    block = params.mab_inducing
+    params = params._replace(mab_inducing=block._replace(attention=block.attention._replace(length_scale=scale)))
+    return Case("isab", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)}, {"activation": "gelu"})
 
 
 @_case("pma")
@@ -499,6 +541,14 @@ def _(rng: np.random.Generator) -> Case:
     return Case("perceiver_resampler", (_set(rng),), perturb(_idefics2(rng), rng), masks, {"activation": "silu"})
 
 
+@_case("perceiver_resampler-length")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_resampler(DIM, num_heads=HEADS, num_latents=5, num_layers=1, rng=rng)
+    (layer,), scale = params.layers, LengthScale(Linear(np.ones((1, DIM))))
+    params = params._replace(layers=(layer._replace(attention=layer.attention._replace(length_scale=scale)),))
+    return Case("perceiver_resampler", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
+
+
 @_case("perceiver_resampler-ip-adapter")
 def _(rng: np.random.Generator) -> Case:
     masks = {"mask": _mask(rng, BATCH, N)}
@@ -519,6 +569,9 @@ def _gated_variants() -> None:
         locations[0, [1, 2, 5]] = True
         locations[1, [0, 3, 4, 6]] = True
         drawn = {"media_locations": locations, "mask": rng.random((BATCH, 3, 5)) < 0.7}
+        if "pair_mask" in masks:
+            drawn["pair_mask"] = rng.random((BATCH, N, 3)) < 0.7
+            drawn["pair_mask"][0, 2] = False
         media = rng.normal(size=(BATCH, 3, 5, DIM_Y))
         return Case(
             "gated_cross_attention", (_set(rng), media), params, {k: drawn[k] for k in masks}, options, elements=1
@@ -528,6 +581,8 @@ def _gated_variants() -> None:
         "": (False, ("media_locations", "mask"), {}),
         "-previous": (True, ("media_locations",), {"immediate": False, "activation": "gelu"}),
         "-all": (False, ("mask",), {"activation": "silu"}),
+        "-pairs": (True, ("pair_mask", "mask"), {"activation": "silu", "ff_without_media": False}),
+        "-previous-pairs": (False, ("pair_mask", "media_locations"), {"immediate": False}),
     }
     for name, arguments in variants.items():
         _CASES[f"gated_cross_attention{name}"] = lambda rng, arguments=arguments: build(rng, *arguments)

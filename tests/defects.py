@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from setattn import _layers, _state
+from setattn import _context, _layers, _state
 from setattn._context import Context
 from setattn._state import State
 
 _ORIGINAL = {name: getattr(_state, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
 _ORIGINAL |= {name: getattr(_layers, name) for name in ("select", "norm")}
+_ORIGINAL |= {"log_length": _context.log_length}
 
 
 @contextlib.contextmanager
@@ -230,6 +231,25 @@ def lopsided_merge() -> contextlib.AbstractContextManager[None]:
         return original(a, b._replace(total=b.total * (1 - 1e-6)), xp)
 
     return planted(merge_states=wrap)
+
+
+def length_off(amount: float = 1e-5) -> contextlib.AbstractContextManager[None]:
+    """The logarithm of the number of elements is off by a little."""
+    return planted(log_length=lambda original, *a: original(*a) + amount)
+
+
+def length_of_all() -> contextlib.AbstractContextManager[None]:
+    """Masked elements are counted."""
+
+    def wrap(original: Any, query: Any, contexts: Any, xp: Any) -> Any:
+        return original(query, [c._replace(mask=None, pair_mask=None) for c in contexts], xp)
+
+    return planted(log_length=wrap)
+
+
+def length_of_the_first() -> contextlib.AbstractContextManager[None]:
+    """Of several contexts that are attended to together, the first alone is counted."""
+    return planted(log_length=lambda original, query, contexts, xp: original(query, contexts[:1], xp))
 
 
 def one_pass_norm() -> contextlib.AbstractContextManager[None]:

@@ -138,6 +138,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "query_residual": (0, 1, None, "no"),
     "decoder_residual": (0, 1, None, "no"),
     "immediate": (0, 1, None, "no"),
+    "ff_without_media": (0, 1, None, "no"),
     "num_bands": (0, -1, 2.0, True, None, "4", np.asarray(4)),
     "max_resolution": (0, -1.0, math.nan, math.inf, True, None, "224", (1.0,), [1.0, 2.0], (1.0, 2.0, 0.0), np.ones(3)),
     "concat_position": (0, 1, None, "no"),

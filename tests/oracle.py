@@ -36,6 +36,7 @@ FSUM = SimpleNamespace(
     dot=lambda a, b: _fsum(s * t for s, t in zip(a, b, strict=True)),
     exp=math.exp,
     sqrt=math.sqrt,
+    log=math.log,
     tanh=math.tanh,
     erfc=math.erfc,
     sin=math.sin,
@@ -48,6 +49,7 @@ EXACT = SimpleNamespace(
     dot=lambda a, b: _MP.fdot(zip(a, b, strict=True)),
     exp=_MP.exp,
     sqrt=_MP.sqrt,
+    log=_MP.log,
     tanh=_MP.tanh,
     erfc=_MP.erfc,
     sin=_MP.sin,
@@ -147,6 +149,13 @@ class Oracle:
             out[i, j] = x[i, j] * self.a.tanh(gate[j % gate.shape[0]])
         return out
 
+    def log_counts(self, counts):
+        """Logarithms (m, 1) of numbers of elements; that of none is 0."""
+        return np.array([[self.a.log(self.a.number(max(int(n), 1)))] for n in counts], dtype=object).reshape(-1, 1)
+
+    def one_plus_tanh(self, x):
+        return np.frompyfunc(lambda t: 1 + self.a.tanh(t), 1, 1)(x)
+
     def add(self, x, y):
         return x + y
 
@@ -190,42 +199,54 @@ class Oracle:
     def add_feed_forward(self, x, norm, p):
         return x if absent(p) else self.add(x, self.feed_forward(self.norm(x, norm), p))
 
-    def _heads(self, x, y, p):
-        """Pairs of a query head and the key head that serves it."""
+    def length_factors(self, q, head, heads, counts, p):
+        """Scale the queries of a head by what depends on how many elements each of them meets."""
+        log_n = self.log_counts(counts)
+        base = self.linear(log_n, p.base) if type(p.base).__name__ == "Linear" else self.feed_forward(log_n, p.base)
+        width = base.shape[1] // heads
+        scaled = self.multiply(q, base[:, head * width : (head + 1) * width])
+        return scaled if absent(p.query) else self.multiply(scaled, self.one_plus_tanh(self.feed_forward(q, p.query)))
+
+    def _heads(self, x, y, p, counts):
+        """Pairs of a query head and the key head that serves it; `counts` (m,) are numbers of elements."""
         _, kv_heads, head_dim = p.key.weight.shape
         query, key = x if absent(p.query) else self.linear(x, p.query), self.linear(y, p.key)
         heads = query.shape[1] // head_dim
         for h in range(heads):
             g = h // (heads // kv_heads)
             cut = slice(h * head_dim, (h + 1) * head_dim), slice(g * head_dim, (g + 1) * head_dim)
-            yield g, self.norm(query[:, cut[0]], p.query_norm), self.norm(key[:, cut[1]], p.key_norm)
+            q = self.norm(query[:, cut[0]], p.query_norm)
+            if not absent(p.length_scale):
+                q = self.length_factors(q, h, heads, counts, p.length_scale)
+            yield g, q, self.norm(key[:, cut[1]], p.key_norm)
 
     @staticmethod
     def _take_part(x, y, mask, pair_mask, bias):
         """Remove the masked elements, and those of a bias of -inf, so that nothing ever reads them."""
         keep = np.ones(y.shape[0], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        pair = np.ones((x.shape[0], y.shape[0]), dtype=bool) if pair_mask is None else np.asarray(pair_mask, dtype=bool)
+        counts = (pair & keep).sum(axis=1)  # which a bias does not change
         if bias is not None:
             keep = keep & np.array([value != -math.inf for value in bias], dtype=bool)
             bias = bias[keep]
-        pair = np.ones((x.shape[0], y.shape[0]), dtype=bool) if pair_mask is None else np.asarray(pair_mask, dtype=bool)
-        return keep, pair[:, keep], bias
+        return keep, pair[:, keep], bias, counts
 
     def attention(self, x, y, p, mask=None, pair_mask=None, bias=None, merges=0):
-        keep, visible, bias = self._take_part(x, y, mask, pair_mask, bias)
+        keep, visible, bias, counts = self._take_part(x, y, mask, pair_mask, bias)
         y = y[keep]
         value, value_dim = self.linear(y, p.value), p.value.weight.shape[2]
         heads = [
             self.attend(q, k, value[:, g * value_dim : (g + 1) * value_dim], visible, bias, merges)
-            for g, q, k in self._heads(x, y, p)
+            for g, q, k in self._heads(x, y, p, counts)
         ]
         out = self.concatenate(heads, axis=1)
         return out if absent(p.output) else self.linear(out, p.output)
 
     def attention_weights(self, x, y, p, mask=None, pair_mask=None, bias=None):
-        keep, visible, bias = self._take_part(x, y, mask, pair_mask, bias)
+        keep, visible, bias, counts = self._take_part(x, y, mask, pair_mask, bias)
         zeros = self.lift(np.zeros((x.shape[0], y.shape[0])))
         out = []
-        for _, q, k in self._heads(x, y[keep], p):
+        for _, q, k in self._heads(x, y[keep], p, counts):
             weights = zeros.copy()
             weights[:, keep] = self.softmax(q, k, visible, bias)
             out.append(weights)
@@ -351,8 +372,10 @@ class Oracle:
             z = self.add_feed_forward(z, layer.ff_norm, layer.ff)
         return self.norm(z if absent(p.output) else self.linear(z, p.output), p.output_norm)
 
-    def gated_cross_attention(self, x, media, p, mask=None, media_locations=None, immediate=True):
-        """Attend from tokens to media, a list of sets; `mask` (media, n)."""
+    def gated_cross_attention(
+        self, x, media, p, mask=None, media_locations=None, pair_mask=None, immediate=True, ff_without_media=True
+    ):
+        """Attend from tokens to media, a list of sets; `mask` (media, n), `pair_mask` (tokens, media)."""
         cross = p.cross_attention
         sizes = [medium.shape[0] for medium in media]
         number = np.repeat(np.arange(1, len(media) + 1), sizes)
@@ -360,6 +383,7 @@ class Oracle:
         visible = np.zeros((x.shape[0], sum(sizes)), dtype=bool)
         for i, j in np.ndindex(visible.shape):
             seen = time is None or (time[i] == number[j] if immediate else time[i] >= number[j])
+            seen = seen and (pair_mask is None or bool(pair_mask[i][number[j] - 1]))
             visible[i, j] = seen and (mask is None or bool(np.asarray(mask).reshape(-1)[j]))
         rows, used = visible.any(axis=1), visible.any(axis=0)
         y = self.norm(
@@ -372,7 +396,9 @@ class Oracle:
         h = self.add(x, self.gate(a, p.attention_gate))
         if absent(cross.ff):
             return h
-        return self.add(h, self.gate(self.feed_forward(self.norm(h, cross.ff_norm), cross.ff), p.ff_gate))
+        out = self.add(h, self.gate(self.feed_forward(self.norm(h, cross.ff_norm), cross.ff), p.ff_gate))
+        kept = np.arange(rows.size) + np.where(rows | ff_without_media, 0, rows.size)
+        return self.concatenate([out, x])[kept]
 
     def fourier_features(self, positions, num_bands, max_resolution, concat_position=True, order="grouped"):
         axes = positions.shape[1]
@@ -413,7 +439,7 @@ BLOCKS = {
     "perceiver": ((2,), {"mask": 1}),
     "perceiver_io": ((2, 2), {"mask": 1}),
     "perceiver_resampler": ((2,), {"mask": 1}),
-    "gated_cross_attention": ((2, 3), {"mask": 2, "media_locations": 1}),
+    "gated_cross_attention": ((2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}),
     "fourier_features": ((1,), {}),
 }
 

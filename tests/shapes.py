@@ -18,6 +18,7 @@ from setattn import (
     GatedCrossAttention,
     InputEmbedding,
     LayerNorm,
+    LengthScale,
     Linear,
     MeanHead,
     Perceiver,
@@ -93,6 +94,15 @@ def attention_heads(p: Any, query: int) -> int:
     return query // p.key.weight.shape[2] if absent(p.query) else p.query.weight.shape[1]
 
 
+def length_scale(p: Any, heads: int, head_dim: int) -> None:
+    if absent(p):
+        return
+    need(type(p) is LengthScale and type(p.base) in (Linear, FeedForward))
+    base = affine(p.base, 1) if type(p.base) is Linear else feed_forward(p.base, 1)
+    need(base in (heads, heads * head_dim))
+    need(absent(p.query) or feed_forward(p.query, head_dim) in (1, head_dim))
+
+
 def attend(p: Any, query: int, context: int) -> int:
     need(type(p) is Attention)
     kv_heads, head_dim = heads_of(p.key, context)
@@ -106,6 +116,7 @@ def attend(p: Any, query: int, context: int) -> int:
     need(heads % kv_heads == 0)
     norm(p.query_norm, head_dim)
     norm(p.key_norm, head_dim)
+    length_scale(p.length_scale, heads, head_dim)
     if absent(p.output):
         return heads * value_dim
     need(type(p.output) is Linear)
@@ -349,7 +360,7 @@ def _gated_cross_attention(arrays: Any, p: Any, keywords: dict[str, Any]) -> tup
     (x_batch, n, x), (media_batch, m, y) = set_of(arrays[0]), set_of(arrays[1], 3)
     *batch, media = media_batch
     shared(x_batch, tuple(batch))
-    _masks(keywords, mask=(*batch, media, m), media_locations=(*batch, n))
+    _masks(keywords, mask=(*batch, media, m), media_locations=(*batch, n), pair_mask=(*batch, n, media))
     need(type(p) is GatedCrossAttention and cross_attention(p.cross_attention, x, y) == x)
     for gate in (p.attention_gate, p.ff_gate):
         need(shape(gate, 1) in ((1,), (x,)))

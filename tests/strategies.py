@@ -160,7 +160,7 @@ class Drawn(Case):
             extra = sum(not is_absent(e) for e in (self.params.frame_embedding, self.params.media_embedding))
             return (2 + extra,), {"mask": 1 + extra}
         if self.function == "gated_cross_attention":
-            return (2, 3), {"mask": 2, "media_locations": 1}
+            return (2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}
         return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1}
 
     @property
@@ -330,8 +330,8 @@ _NORMS = ("layer", "rms", "none")
 class Maker:
     """Makes parts of blocks at random, with every parameter away from where it usually starts."""
 
-    def __init__(self, draw: st.DrawFn, s: Sizes, rng: np.random.Generator):
-        self.draw, self.s, self.rng = draw, s, rng
+    def __init__(self, draw: st.DrawFn, s: Sizes, rng: np.random.Generator, lengths: bool = True):
+        self.draw, self.s, self.rng, self.lengths = draw, s, rng, lengths
 
     def one_of(self, *options: Any) -> Any:
         return self.draw(st.sampled_from(options))
@@ -359,6 +359,20 @@ class Maker:
         gate = self.linear(dim, self.s.hidden) if kind == "gated" else ()
         return FeedForward(self.linear(dim, self.s.hidden), self.linear(self.s.hidden, dim), gate)
 
+    def length_scale(self, heads: int, head_dim: int) -> Any:
+        """A factor that depends on the size of the set, in one case of four; factors are around 1."""
+        if not self.lengths or not self.one_of(False, False, False, True):
+            return ()
+        width = self.one_of(heads, heads * head_dim)
+        base = self.linear(1, width)
+        if self.one_of(True, False):
+            base = FeedForward(self.linear(1, self.s.hidden), self.linear(self.s.hidden, width))
+        query = ()
+        if self.one_of(True, False):
+            hidden = self.linear(head_dim, self.s.hidden)
+            query = FeedForward(hidden, self.linear(self.s.hidden, self.one_of(1, head_dim)))
+        return setattn.LengthScale(base, query)
+
     def attention(
         self, dim: int, dim_y: int, dim_out: int | None = None, full: bool = False, bare: bool = False
     ) -> setattn.Attention:
@@ -385,6 +399,7 @@ class Maker:
             output=() if no_output else Linear(weight, 0.3 * self.rng.normal(size=dim_out) if bias else ()),
             query_norm=self.norm(head_dim, head_norm),
             key_norm=self.norm(head_dim, head_norm),
+            length_scale=self.length_scale(dim // head_dim if official else s.heads, head_dim),
         )
 
     def mab(self, dim_x: int, dim_y: int, dim_out: int | None = None) -> setattn.MAB:
@@ -455,7 +470,8 @@ def _attention(m: Maker, bare: bool = False) -> _Parts:
     s, b = m.s, m.s.batch
     params = m.attention(s.dim, s.dim_y, s.dim_out, bare=bare)
     shapes = {"mask": (*b, s.n), "pair_mask": (*b, s.m, s.n)}
-    return _Parts((_queried(m, s.dim), (*b, s.n, s.dim_y)), params, shapes, {}, 1)
+    options = {} if is_absent(params.length_scale) else {"activation": m.one_of(*ACTIVATIONS)}
+    return _Parts((_queried(m, s.dim), (*b, s.n, s.dim_y)), params, shapes, options, 1)
 
 
 def _mab(m: Maker) -> _Parts:
@@ -564,8 +580,9 @@ def _gated_cross_attention(m: Maker) -> _Parts:
     params = setattn.GatedCrossAttention(
         m.cross_attention(s.dim, s.dim_y), 0.5 + m.weight(width, inputs=1), m.weight(width, inputs=1) - 0.5
     )
-    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m)}
-    options = {"immediate": m.one_of(True, False), "activation": m.one_of(*ACTIVATIONS)}
+    shapes = {"mask": (*b, s.media, s.n), "media_locations": (*b, s.m), "pair_mask": (*b, s.m, s.media)}
+    options = {key: m.one_of(True, False) for key in ("immediate", "ff_without_media")}
+    options["activation"] = m.one_of(*ACTIVATIONS)
     return _Parts((_queried(m, s.dim), (*b, s.media, s.n, s.dim_y)), params, shapes, options, 1)
 
 
@@ -603,18 +620,20 @@ def blocks(
     scales: tuple[float | None, ...] = SCALES,
     some: bool = False,
     only: tuple[str, ...] | None = None,
+    lengths: bool = True,
     **details: Any,
 ) -> Drawn:
     """Draw a valid call of a public function.
 
     `least` to `most` elements, `batch` axes of batch, `some` elements masked; `only` names the masks that there may be,
-    and `details` go to the builder of the function's parameters.
+    `lengths` says whether the number of elements may matter beside their values, and `details` go to the builder of the
+    function's parameters.
     """
     s = draw(sizes(least=least, batch=batch, most=most))
     dtype, ladder, scale = (draw(st.sampled_from(pool)) for pool in (dtypes, ladders, scales))
     seed = draw(seeds)
     rng = np.random.default_rng(seed)
-    parts = _BUILDERS[name](Maker(draw, s, rng), **details)
+    parts = _BUILDERS[name](Maker(draw, s, rng, lengths), **details)
     ladders_of = [ladder if i == parts.elements else "normal" for i in range(len(parts.arrays))]
     arrays = tuple(values(rng, *one).astype(dtype) for one in zip(parts.arrays, ladders_of, strict=True))
     drawn = {}

@@ -245,6 +245,23 @@ def test_text_that_sees_nothing_gets_no_attention():
     np.testing.assert_array_equal(setattn.gated_cross_attention(x, media, params, media_locations=nowhere), expected)
 
 
+def test_text_that_sees_nothing_may_be_left_as_it_is():
+    """Without a feed-forward network for it, text that sees nothing keeps its bits; the rest is as it was."""
+    (x, media), params = float32("gated_cross_attention")
+    x[0, 1, 0] = -0.0
+    sees = np.ones((*x.shape[:-1], media.shape[-3]), dtype=bool)
+    sees[0, 1:3] = sees[1, :2] = False
+    mask = np.ones(media.shape[:-1], dtype=bool)
+    mask[1, 2] = False
+    masks = {"pair_mask": sees, "mask": mask}
+    blind = ~(sees & mask.any(axis=-1)[:, None, :]).any(axis=-1)
+    out = setattn.gated_cross_attention(x, media, params, **masks, ff_without_media=False)
+    assert out[blind].tobytes() == x[blind].tobytes()
+    with_ff = setattn.gated_cross_attention(x, media, params, **masks)
+    np.testing.assert_array_equal(out[~blind], with_ff[~blind])
+    assert (with_ff[blind] != x[blind]).any(axis=-1).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("function", ["attention", "attention_weights"])
 def test_a_bad_number_reaches_only_the_queries_that_see_it(function, bad):

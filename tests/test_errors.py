@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import pickle
 import re
@@ -405,6 +406,35 @@ def test_media_locations_of_another_shape(backend):
     refused(backend, case, MaskError, "media_locations", media_locations=np.ones((N,), bool))
     refused(backend, case, MaskError, "media_locations", media_locations=np.ones((BATCH, 3), bool))
     refused(backend, case, MaskError, "mask", mask=np.ones((BATCH, 15), bool))
+    refused(backend, case, MaskError, "pair_mask", pair_mask=np.ones((BATCH, N, 15), bool))
+    refused(backend, case, MaskError, "pair_mask", pair_mask=np.ones((N, 3), bool))
+
+
+def test_length_scale_that_does_not_fit(backend):
+    """Factors are for heads or for their features; what a network modulates them by is of a head."""
+    case, head_dim = UNMASKED["attention-length-pairs"], DIM // HEADS
+    scale = case.params.length_scale
+
+    def wrong(kind: type[ArgumentError], argument: str, **parts: Any) -> ArgumentError:
+        params = case.params._replace(length_scale=scale._replace(**parts))
+        return refused(backend, case, kind, f"params.length_scale.{argument}", params=params)
+
+    def net(*widths: int) -> setattn.FeedForward:
+        return setattn.FeedForward(*[Linear(np.ones(pair)) for pair in itertools.pairwise(widths)])
+
+    error = wrong(ShapeError, "base", base=net(1, 6, HEADS + 1))
+    assert error.wanted == f"{HEADS}, for each head, or {DIM}, for each of their features"
+    wrong(ShapeError, "base", base=Linear(np.ones((1, 2 * DIM))))
+    error = wrong(ShapeError, "base.weight", base=Linear(np.ones((2, HEADS))))
+    assert error.wanted == "(1, dim_out) to match the logarithm of the number of elements"
+    wrong(ShapeError, "base.hidden.weight", base=net(DIM, 6, HEADS))
+    wrong(ParameterError, "base", base=())
+    wrong(ParameterError, "base", base=LayerNorm(np.ones(HEADS)))
+    error = wrong(ShapeError, "query", query=net(head_dim, 6, head_dim - 1))
+    assert error.wanted == f"1 or {head_dim}, to match the head_dim of params.key"
+    wrong(ShapeError, "query.hidden.weight", query=net(DIM, 6, 1))
+    wrong(ParameterError, "query", query=Linear(np.ones((head_dim, 1))))
+    refused(backend, case, ParameterError, "params.length_scale", params=case.params._replace(length_scale=scale.base))
 
 
 def test_bias_of_another_shape(backend):

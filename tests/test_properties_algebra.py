@@ -21,11 +21,12 @@ import strategies
 import tolerances
 from hypothesis import strategies as st
 from strategies import Drawn, agree, blocks, for_all, rejects, same, seeds, values
+from test_properties_symmetry import lengths_of_heads
 from tolerances import product
 
 import setattn
 from setattn import LayerNorm, Linear, RMSNorm, _state
-from setattn._context import Context, ready
+from setattn._context import Context, log_length, ready
 from setattn._layers import Options, norm
 from setattn._namespace import namespace_of
 from setattn._params import is_absent
@@ -350,7 +351,7 @@ def test_the_gradient_of_a_bias_of_the_keys_is_zero():
         grad = np.zeros(p.key.bias.shape) if grad is None else grad.numpy()
         assert (np.abs(grad) <= bound).all()
 
-    domain = blocks("attention", bare=True, dtypes=("float64",), ladders=("normal",), least=1, most=7)
+    domain = blocks("attention", bare=True, dtypes=("float64",), ladders=("normal",), least=1, most=7, lengths=False)
     for_all(check, domain, seeds, share=0.5)
 
 
@@ -472,7 +473,8 @@ def heads_are_separate(case: Drawn, shift: int = 0) -> None:
     parts = []
     for h in range(heads):
         g = (h // (heads // kv_heads) + shift) % kv_heads
-        one = p._replace(query=head(p.query, h), key=head(p.key, g), value=head(p.value, g))
+        length_scale = lengths_of_heads(p.length_scale, heads, np.array([h]))
+        one = p._replace(query=head(p.query, h), key=head(p.key, g), value=head(p.value, g), length_scale=length_scale)
         parts.append(case.with_params(one)())
     agree(np.concatenate(parts, axis=-1), case(), 2 * case.bound(), "separate heads")
 
@@ -620,7 +622,10 @@ class Parts:
             self,
             "o",
             Options(
-                namespace_of(self.case.arrays[0]), eps=self.case.options["eps"], scale=self.case.options.get("scale")
+                namespace_of(self.case.arrays[0]),
+                activation=self.case.options.get("activation", "gelu"),
+                eps=self.case.options["eps"],
+                scale=self.case.options.get("scale"),
             ),
         )
 
@@ -634,7 +639,9 @@ class Parts:
         """The states of all parts."""
         query, y = self.case.arrays
         edges = [0, *self.cuts, self.case.size]
-        q = _state.queries(query, Context(y), self.case.params, self.order, self.o)
+        whole = Context(y, *map(self.case.masks.get, ("mask", "pair_mask")))
+        log_n = None if is_absent(self.case.params.length_scale) else log_length(query, [whole], self.o.xp)
+        q = _state.queries(query, Context(y), self.case.params, self.order, self.o, log_n)
         made = []
         for start, stop in itertools.pairwise(edges):
             masks = [None if m is None else m[..., start:stop] for m in map(self.case.masks.get, ("mask", "pair_mask"))]

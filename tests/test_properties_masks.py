@@ -35,16 +35,7 @@ def garbage(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -
 
 def visible(case: Drawn) -> np.ndarray:
     """Say which elements of the set at least one query sees."""
-    x = case.arrays[case.elements]
-    seen = np.ones(x.shape[:-1], bool) if case.mask is None else case.mask.copy()
-    if "pair_mask" in case.masks:
-        seen &= case.masks["pair_mask"].any(axis=-2)
-    if "media_locations" in case.masks:
-        place = np.cumsum(case.masks["media_locations"], axis=-1)[..., None]
-        number = np.arange(1, x.shape[-3] + 1)
-        sees = place == number if case.keywords()["immediate"] else place >= number
-        seen &= sees.any(axis=-2)[..., None]
-    return seen
+    return case.takes_part()
 
 
 def filled(case: Drawn, seed: int) -> Drawn:
@@ -149,7 +140,7 @@ def padding(case: Drawn, count: int, seed: int, where: str) -> None:
     mask = np.zeros(larger.shape[:-1], bool)
     mask[..., places] = True if case.mask is None else case.mask
     follow = {}
-    if "pair_mask" in case.masks:
+    if "pair_mask" in case.masks and not case.masks_media:
         pairs = case.masks["pair_mask"]
         follow["pair_mask"] = rng.random((*pairs.shape[:-1], n + count)) < 0.5
         follow["pair_mask"][..., places] = pairs
@@ -185,6 +176,8 @@ def full_masks(case: Drawn) -> None:
     kinds = {"mask": x.shape[:-1]}
     if case.function in ("attention", "attention_weights", "mab"):
         kinds["pair_mask"] = (*x.shape[:-2], case.arrays[0].shape[-2], case.size)
+    if case.masks_media:
+        kinds["pair_mask"] = (*case.batch, case.arrays[0].shape[-2], x.shape[-3])
     if case.function == "mab":
         kinds["query_mask"] = case.arrays[0].shape[:-1]
     for key, shape in kinds.items():
@@ -286,6 +279,31 @@ def two_masks(case: Drawn, seed: int) -> None:
 def test_masks_combine_by_and(name):
     """Masking twice is masking by both masks at once, bit for bit."""
     for_all(two_masks, blocks(name, only=("query_mask",)), seeds, share=0.5)
+
+
+def locations_as_pairs(case: Drawn) -> None:
+    pairs = case.seen_media()
+    hypothesis.assume(pairs is not None)
+    same(case.with_masks(media_locations=None, pair_mask=pairs)(), case())
+
+
+def test_media_that_are_seen_from_places_or_by_pairs():
+    """Places of media give the same as the pairs of text and medium that they stand for, bit for bit."""
+    for_all(locations_as_pairs, blocks("gated_cross_attention"))
+    rejects(defects.pair_mask_ignored(), masking_pairs, blocks("gated_cross_attention", least=1), seeds)
+
+
+def masking_pairs(case: Drawn, seed: int) -> None:
+    """Media that no text sees might as well be masked."""
+    seen = np.random.default_rng(seed).random(case.arrays[1].shape[-3]) < 0.5
+    pairs = np.broadcast_to(seen, (*case.batch, case.arrays[0].shape[-2], seen.size)).copy()
+    mask = np.broadcast_to(seen[:, None], case.arrays[1].shape[:-1]).copy()
+    same(case.with_masks(pair_mask=pairs, mask=None)(), case.with_masks(pair_mask=None, mask=mask)())
+
+
+def test_media_that_no_text_sees_are_masked():
+    """A pair mask that is the same for all text is a mask of whole media, bit for bit."""
+    for_all(masking_pairs, blocks("gated_cross_attention"), seeds)
 
 
 # --- what is exactly 0 ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from numpydoc.docscrape import NumpyDocString
 from numpydoc.validate import validate
 
 import setattn
+from setattn.checkpoints._registry import FAMILIES
 
 ROOT = Path(setattn.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
@@ -305,12 +306,7 @@ LAYERS = [
     {"checkpoints/_layout", "checkpoints/_sources"},
     {"checkpoints/_weights", "checkpoints/_canonical"},
     {"checkpoints/_torch"},
-    {
-        "checkpoints/pooling",
-        "checkpoints/set_transformer",
-        "checkpoints/perceiver_lucidrains",
-        "checkpoints/perceiver_krasserm",
-    },
+    {f"checkpoints/{family}" for family in FAMILIES},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
     {"checkpoints/_fit"},

@@ -282,6 +282,7 @@ def test_torch_compile(backend, name):
         "attention-grouped",
         "attention-bare",
         "attention-pairs-and-bias",
+        "attention-length-pairs",
         "mab-pre-norm",
         "mab-official",
         "cross_attention-geglu",

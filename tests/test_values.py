@@ -17,6 +17,9 @@ import tolerances
 from hypothesis import strategies as st
 from strategies import Drawn, blocks, for_all, rejects, seeds
 
+import setattn
+from setattn._params import is_absent
+
 one_thread = strategies.one_thread
 
 DTYPES = ("float64", "float32", "float16")
@@ -116,6 +119,29 @@ def test_defects_of_attention_are_noticed(defect):
     rejects(defect(), is_the_oracles, drawn("attention", "float32", least=2))
 
 
+def with_length(name: str, **kwargs) -> st.SearchStrategy:
+    """Calls whose factor on the queries is large enough to matter."""
+    domain = drawn(name, "float32", **({"least": 2, "ladders": ("normal",), "scales": (3.0,)} | kwargs))
+    return domain.filter(lambda case: not all(is_absent(part) for part in length_scales(case.params)))
+
+
+def length_scales(tree) -> list:
+    """Every ``length_scale`` of a parameter tree, absent or not."""
+    if isinstance(tree, setattn.Attention):
+        return [tree.length_scale]
+    return [found for part in tree for found in length_scales(part)] if isinstance(tree, tuple) else []
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_weights", "isab", "perceiver_resampler"])
+def test_a_wrong_number_of_elements_is_noticed(name):
+    """The oracle finds logarithms of lengths that are off, that count what is masked, or a part of what is seen."""
+    for_all(is_the_oracles, with_length(name), share=0.2)
+    rejects(defects.length_off(1e-4), is_the_oracles, with_length(name))
+    rejects(defects.length_of_all(), is_the_oracles, with_length(name, some=True))
+    if name == "perceiver_resampler":
+        rejects(defects.length_of_the_first(), is_the_oracles, with_length(name))
+
+
 @pytest.mark.parametrize("name", ["cross_attention", "mab", "latent_transformer"])
 def test_a_norm_in_one_pass_is_noticed(name):
     """The oracle finds norms that lose digits of nearly constant rows."""
@@ -146,6 +172,7 @@ def mixed_up(changed: dict, case: Drawn) -> None:
         ("cross_attention", {"query_residual": True}, {"query_residual": False}),
         ("mab", {"query_residual": True}, {"query_residual": False}),
         ("gated_cross_attention", {"immediate": True}, {"immediate": False}),
+        ("gated_cross_attention", {"ff_without_media": True}, {"ff_without_media": False}),
     ],
 )
 def test_options_that_are_mixed_up_are_noticed(name, told, done):

@@ -7,7 +7,7 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES = ("pooling", "set_transformer", "perceiver_lucidrains", "perceiver_krasserm")
+FAMILIES = ("gated", "perceiver_krasserm", "perceiver_lucidrains", "pooling", "set_transformer", "tabular")
 
 
 @functools.cache

@@ -64,6 +64,10 @@ class Weights:
         """Return the tensors of a group."""
         return Weights(self._f, f"{self._prefix}{key}{self._separator}")
 
+    def axes(self, key: str) -> int:
+        """Return how many axes a tensor has; 0 where it is missing."""
+        return len(self._f.shapes.get(self._prefix + key, ()))
+
     def size(self, name: str) -> int:
         """Return a size by its name; 0 where no tensor gave it."""
         return self._f.sizes[name].size if name in self._f.sizes else 0
@@ -93,6 +97,11 @@ class Weights:
         while leading < len(axes) and axes[leading] == 1:
             leading += 1
         return a if _is_hole(a) or not leading else self._reshaped(a, axes[leading:])
+
+    def row(self, key: str, axis: int | str) -> Array:
+        """Return a tensor of one axis with an axis of 1 in front."""
+        a = self._take(key, (axis,))
+        return a if _is_hole(a) else self._reshaped(a, (1, axis))
 
     def linear(
         self, key: str, inputs: Sequence[int | str], outputs: Sequence[int | str], bias: bool | None = True

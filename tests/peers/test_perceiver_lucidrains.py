@@ -12,7 +12,10 @@ from harness import FLOAT64, draw, redraw, some
 
 import setattn
 
-DIFFERENCES = ("a set without elements that take part: the mean of the hidden ones, where the library adds nothing",)
+DIFFERENCES = (
+    "a set without elements that take part: the mean of the hidden ones, where the library adds nothing",
+    "`inverted_cross_attn=True`, which no tensor tells of, is not computed",
+)
 SIZES = {
     "num_latents": 5,
     "latent_dim": 12,
