@@ -18,6 +18,7 @@ from setattn._params import (
     Attention,
     AttentionPool,
     CrossAttention,
+    InputEmbedding,
     Linear,
     Perceiver,
     PerceiverIO,
@@ -45,7 +46,7 @@ class Pass(NamedTuple):
 class Passes(NamedTuple):
     """The passes of a block, each of which may need what those before it have found."""
 
-    count: int
+    attentions: tuple[Attention, ...]  # one for each pass
     make: Callable[[tuple[Array, ...]], Pass]
     rows: Callable[[tuple[Array, ...], Array, Array | None, int], Array] | None = None  # a last pass, row by row
     places: int | None = None  # how many places there are, if an element's place matters
@@ -70,8 +71,8 @@ def passes_of(function: str, given: Given) -> Passes:
     return _PASSES[function](given)
 
 
-def _once(make: Callable[[], Pass]) -> Passes:
-    return Passes(1, lambda _: make())
+def _once(asking: Pass) -> Passes:
+    return Passes((asking.attention,), lambda _: asking)
 
 
 # --- blocks that attend to a set once -------------------------------------------------------------------------------
@@ -79,11 +80,11 @@ def _once(make: Callable[[], Pass]) -> Passes:
 
 def _attention(g: Given) -> Passes:
     q = enter(g.queries, None, g.o)
-    return _once(lambda: Pass(q, g.params, lambda y, mask, _: Context(y, mask), lambda h: h))
+    return _once(Pass(q, g.params, lambda y, mask, _: Context(y, mask), lambda h: h))
 
 
 def _mab(g: Given) -> Passes:
-    return _once(lambda: _asking(g.queries, g.params, g))
+    return _once(_asking(g.queries, g.params, g))
 
 
 def _asking(x: Array, p: MAB, g: Given, before: Callable[[Context], Context] = lambda y: y) -> Pass:
@@ -100,7 +101,7 @@ def _asking(x: Array, p: MAB, g: Given, before: Callable[[Context], Context] = l
 
 def _pma(g: Given) -> Passes:
     p: PMA = g.params
-    return _once(lambda: _asking(p.seeds, p.mab, g, lambda y: pma_context(y, p, g.o)))
+    return _once(_asking(p.seeds, p.mab, g, lambda y: pma_context(y, p, g.o)))
 
 
 def _isab(g: Given) -> Passes:
@@ -109,24 +110,23 @@ def _isab(g: Given) -> Passes:
     def rows(found: tuple[Array, ...], x: Array, mask: Array | None, _: int) -> Array:
         return apply_mab(x, Context(found[0]), p.mab_set, g.o, g.residual, mask)
 
-    return Passes(1, lambda _: _asking(p.inducing_points, p.mab_inducing, g), rows)
+    return _once(_asking(p.inducing_points, p.mab_inducing, g))._replace(rows=rows)
 
 
 def _attention_pool(g: Given) -> Passes:
     p: AttentionPool = g.params
-    return _once(
-        lambda: Pass(
-            p.probe,
-            p.attention,
-            lambda y, mask, _: Context(y, mask, norm=p.context_norm),
-            lambda h: after_pool(h, p, g.o),
-            p.query_norm,
-        )
+    asking = Pass(
+        p.probe,
+        p.attention,
+        lambda y, mask, _: Context(y, mask, norm=p.context_norm),
+        lambda h: after_pool(h, p, g.o),
+        p.query_norm,
     )
+    return _once(asking)
 
 
 def _cross_attention(g: Given) -> Passes:
-    return _once(lambda: _crossing(enter(g.queries, None, g.o), g.params, g, lambda y, mask, _: Context(y, mask)))
+    return _once(_crossing(enter(g.queries, None, g.o), g.params, g, lambda y, mask, _: Context(y, mask)))
 
 
 def _crossing(z: Array, p: CrossAttention, g: Given, context: Callable[[Array, Array | None, int], Context]) -> Pass:
@@ -168,7 +168,7 @@ def _set_transformer(g: Given) -> Passes:
         last = _asking(p.pma.seeds, p.pma.mab, g, lambda y: pma_context(before(y), p.pma, o))
         return last._replace(after=lambda h: decode(last.after(h), p, o, g.residual))
 
-    return Passes(len(encoder) + 1, make)
+    return Passes((*(block.mab_inducing.attention for block in encoder), p.pma.mab.attention), make)
 
 
 def _perceiver(g: Given) -> Passes:
@@ -215,9 +215,10 @@ def _encoder(p: Perceiver, g: Given, end: Callable[[Array], Array]) -> Passes:
 
         return asking._replace(after=after)
 
-    tables = () if is_absent(p.input) else (p.input.position, p.input.features)
+    tables = (p.input.position, p.input.features) if isinstance(p.input, InputEmbedding) else ()
     rows = [table.shape[0] for table in tables if not is_absent(table)]
-    return Passes(len(meetings), make, places=min(rows) if rows else None)
+    attentions = tuple(block.attention for block in blocks if isinstance(block, CrossAttention))
+    return Passes(attentions, make, places=min(rows) if rows else None)
 
 
 def _perceiver_resampler(g: Given) -> Passes:
@@ -243,7 +244,7 @@ def _perceiver_resampler(g: Given) -> Passes:
 
         return Pass(z, layer.attention, context, after, layer.query_norm, (own,))
 
-    return Passes(len(p.layers), make)
+    return Passes(tuple(layer.attention for layer in p.layers), make)
 
 
 _PASSES: dict[str, Callable[[Given], Passes]] = {

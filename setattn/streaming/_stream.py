@@ -1,52 +1,21 @@
-"""The public state of a stream: create, update, merge, advance, finish."""
+"""The public state of a stream, and what it is in each pass."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import setattn
 from setattn import _check as check
 from setattn._attend import end_of_attention, part_of_attention
-from setattn._blocks import Levels, combine, total
-from setattn._call import Call, begin, is_half, widen
-from setattn._errors import DTypeError, NamespaceError, OptionError, ParameterError, ShapeError
-from setattn._layers import options as checked_options
-from setattn._namespace import creation_device, ignore_underflow, namespace_of
-from setattn._params import map_params
+from setattn._blocks import Levels, total
+from setattn._errors import OptionError, ParameterError, ShapeError
 from setattn._state import State as Part
 from setattn._state import merge_states
-from setattn._structure import token_table
-from setattn._typing import Array, Namespace
-from setattn.streaming._passes import Given, Pass, Passes, passes_of
-from setattn.streaming._same import first_difference
-
-# The functions, with the name of what they take queries by, and whether it has to be given.
-FUNCTIONS: dict[str, bool | None] = {
-    "attention": True,
-    "attention_pool": None,
-    "cross_attention": True,
-    "isab": None,
-    "mab": True,
-    "perceiver": None,
-    "perceiver_io": False,
-    "perceiver_resampler": None,
-    "pma": None,
-    "set_transformer": None,
-}
-_WITH_CHUNKS = ("mask", "query_mask", "pair_mask", "bias", "key_positions")
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What follows from a block, and is the same for all states of its stream."""
-
-    call: Call
-    passes: Passes
-    like: Array  # a chunk without elements
-    now: Pass | None  # none in the pass that goes through the rows
+from setattn._typing import Array
+from setattn.streaming._passes import Pass
+from setattn.streaming._same import check_alike, check_same, check_same_options
+from setattn.streaming._work import Work, all_options, check_length, function_name, work_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,10 +38,16 @@ class State:
         The batch of sets.
     first : int
         The place of the first element in its set, for parameters with a row for each place.
-    current_pass, passes : int
-        Which pass over the elements this is, from 0, and how many there are.
+    length : int, array or None
+        How many elements of each set take part in all, for parameters with a ``length_scale``.
     elements, chunks : int
         How many elements of each set, and how many chunks, this pass has seen; those that are masked count, too.
+    found : tuple of array
+        What the passes before this one have found.
+    levels : tuple
+        The parts of this one: powers of two of chunks that were merged, and their states.
+    expected : int or None
+        How many elements the first pass has seen.
     """
 
     function: str
@@ -81,12 +56,14 @@ class State:
     queries: Array | None
     batch: tuple[int, ...]
     first: int
+    length: int | Array | None
     elements: int
     chunks: int
     found: tuple[Array, ...]
     levels: Levels[Part]
     expected: int | None
-    work: _Work
+    _work: Work
+    _pass: Pass | None  # none in the one through the rows
 
     @property
     def current_pass(self) -> int:
@@ -96,7 +73,7 @@ class State:
     @property
     def passes(self) -> int:
         """How many passes there are."""
-        return self.work.passes.count + (self.work.passes.rows is not None)
+        return len(self._work.passes.attentions) + (self._work.passes.rows is not None)
 
     def __repr__(self) -> str:
         seen = f"{self.elements} elements in {self.chunks} chunks"
@@ -104,294 +81,103 @@ class State:
         return f"<setattn.streaming.State {self.function}, batch {self.batch}, {of}{seen}>"
 
 
-# --- the functions of a state ---------------------------------------------------------------------------------------
-
-
-def create(
+def create_for(
+    caller: str,
     function: str | Callable[..., Array],
     params: Any,
-    /,
-    *,
-    queries: Array | None = None,
-    batch: Sequence[int] = (),
-    first: int = 0,
-    **options: Any,
+    queries: Array | None,
+    batch: Any,
+    first: int,
+    length: Any,
+    options: dict[str, Any],
 ) -> State:
-    """Create the state of a stream that has seen nothing.
-
-    Parameters
-    ----------
-    function : str or function
-        Function of the library, or its name: ``"pma"``, ``"attention_pool"``, ``"cross_attention"``, ``"isab"``,
-        ``"perceiver"``, ``"perceiver_io"``, ``"perceiver_resampler"``, ``"set_transformer"`` with encoders of
-        :func:`setattn.isab`, ``"attention"``, ``"mab"``.
-    params : tree
-        Its parameters. The chunks have to be of their library, device and dtype.
-    queries : array, shape (..., m, dim), optional
-        What asks, where that is no part of the parameters: the first array of ``attention``, ``cross_attention`` and
-        ``mab``, the queries of ``perceiver_io``.
-    batch : sequence of int, default ()
-        The batch of sets that each chunk has a part of.
-    first : int, default 0
-        The place of the first element that this state will see, where the parameters have a row for each place.
-    **options
-        Options of the function, such as ``eps``.
-
-    Returns
-    -------
-    State
-        The identity of :func:`merge`.
-
-    Raises
-    ------
-    ShapeError, DTypeError, NamespaceError, ParameterError, OptionError
-        If parameters, queries and options do not fit together, or the function is none that a stream can be folded by.
-
-    See Also
-    --------
-    fold : All at once, from an iterable, a file or a chunked array.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> params = setattn.init_pma(8, num_seeds=2, num_heads=2, rng=0)
-    >>> state = setattn.streaming.create("pma", params, batch=(4,))
-    >>> for n in (3, 0, 5):
-    ...     state = setattn.streaming.update(state, np.ones((4, n, 8), np.float32))
-    >>> state
-    <setattn.streaming.State pma, batch (4,), 8 elements in 3 chunks>
-    >>> setattn.streaming.finish(state).shape
-    (4, 2, 8)
-    """
-    name = _name(function)
+    """Create a state as :func:`create` does, for a public function of another name."""
+    name = function_name(caller, function)
     if not isinstance(batch, Sequence) or not all(check.is_integer(n) and n >= 0 for n in batch):
-        raise OptionError("create", "batch", repr(batch), "a sequence of integers of at least 0")
-    check.integer("create", "first", first, least=0)
-    for option in _WITH_CHUNKS:
-        if option in options:
-            raise OptionError("create", option, "given", "it with each chunk, as far as it can be streamed")
-    given = _defaults(name) | options
-    wants = FUNCTIONS[name]
-    if (queries is None and wants) or (queries is not None and wants is None):
-        wanted = "an array, what attends to the stream" if wants else f"None, as {name} has its queries in its parameters"
-        raise OptionError("create", "queries", "None" if queries is None else "an array", wanted)
-    work = _work(name, params, given, queries, tuple(map(int, batch)))
-    state = State(name, params, given, queries, tuple(map(int, batch)), int(first), 0, 0, (), (), None, work)
-    return _in_next_pass(state, ())
+        raise OptionError(caller, "batch", repr(batch), "a sequence of integers of at least 0")
+    check.integer(caller, "first", first, least=0)
+    sets, given = tuple(map(int, batch)), all_options(caller, name, options)
+    work = work_of(caller, name, params, queries, sets, given)
+    check_length(caller, work, length, sets)
+    length = int(length) if check.is_integer(length) else length
+    state = State(name, params, given, queries, sets, int(first), length, 0, 0, (), (), None, work, None)
+    return in_pass(state, ())
 
 
-def update(state: State, chunk: Array, /, *, mask: Array | None = None) -> State:
-    """Let a state see some more elements of its sets.
-
-    Parameters
-    ----------
-    state : State
-        The state; it stays what it is.
-    chunk : array, shape (..., n, dim)
-        Any number of elements, which may be none, of each set of the batch; of a ``perceiver`` with a table of tokens,
-        integers ``(..., n)``.
-    mask : array of bool, shape (..., n), optional
-        True where an element takes part. The values of the others are never looked at.
-
-    Returns
-    -------
-    State
-        The state after the chunk.
-
-    Raises
-    ------
-    ShapeError, MaskError, DTypeError, NamespaceError
-        If the chunk does not fit; the message has its number, counted from 0.
-    OptionError
-        If the state is in the pass through the rows.
-
-    Notes
-    -----
-    Cost: that of the function for ``n`` elements, and at most ``log2(state.chunks)`` merges.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> state = setattn.streaming.create("pma", setattn.init_pma(8, num_heads=2, rng=0))
-    >>> setattn.streaming.update(state, np.ones((5, 8), np.float32)).elements
-    5
-    """
-    _is_state("update", "state", state)
-    n, last = check_chunk(state, chunk, mask), state.first + state.elements
-    now = state.work.now
-    if now is None:
-        raise OptionError("update", "state", "in the pass through the rows", "rows() in place of update()")
-    seen = replace(state, elements=state.elements + n, chunks=state.chunks + 1)
-    if n == 0:
-        return seen
-    with ignore_underflow(state.work.call.xp):
-        part = _part(state, now, chunk, mask, last)
-        return replace(seen, levels=combine(_merging(state), state.levels, ((1, part),)))
+# --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def merge(a: State, b: State, /) -> State:
-    """Merge two states of a stream that have seen different elements, in either order.
-
-    Parameters
-    ----------
-    a, b : State
-        States of the same function, parameters, queries, options and batch, in the same pass. They may come from
-        several processes: see :func:`save`.
-
-    Returns
-    -------
-    State
-        The state after all elements that either has seen.
-
-    Raises
-    ------
-    ParameterError, OptionError, ShapeError, DTypeError, NamespaceError
-        If the two are not of the same stream.
-
-    Notes
-    -----
-    The parts that the states are made of are merged as the digits of two binary numbers are added, so that no result
-    passes through more than about ``log2(chunks)`` roundings, whatever is merged with what.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> empty = setattn.streaming.create("pma", setattn.init_pma(8, num_heads=2, rng=0))
-    >>> states = [setattn.streaming.update(empty, np.full((n, 8), n, np.float32)) for n in (3, 4)]
-    >>> setattn.streaming.merge(*states)
-    <setattn.streaming.State pma, batch (), 7 elements in 2 chunks>
-    """
-    _is_state("merge", "a", a)
-    _is_state("merge", "b", b)
-    _same_stream(a, b)
-    first = min(a.first, b.first)
-    if a.work.passes.places is not None:
-        early, late = (a, b) if (a.first, a.elements) <= (b.first, b.elements) else (b, a)
-        if late.elements and early.first + early.elements != late.first:
-            got = f"of the places from {late.first}"
-            wanted = f"one from {early.first + early.elements}, where the other state ends, as each place has its row"
-            raise OptionError("merge", "b" if late is b else "a", got, wanted)
-    with ignore_underflow(a.work.call.xp):
-        levels = combine(_merging(a), a.levels, b.levels)
-    return replace(a, first=first, elements=a.elements + b.elements, chunks=a.chunks + b.chunks, levels=levels)
+def in_pass(state: State, found: tuple[Array, ...]) -> State:
+    """Return a state in the pass that comes after what has been found."""
+    passes = state._work.passes
+    now = passes.make(found) if len(found) < len(passes.attentions) else None
+    return replace(state, found=found, _pass=now)
 
 
-def advance(state: State, /) -> State:
-    """End a pass over the elements, and go to the next one, in which all of them have to be seen again.
-
-    Parameters
-    ----------
-    state : State
-        A state that has seen all elements, and is not in its last pass.
-
-    Returns
-    -------
-    State
-        The state at the start of the next pass, with what the passes before it have found.
-
-    Raises
-    ------
-    OptionError
-        If there is no next pass, or if this one has seen more or fewer elements than the first.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> params = setattn.init_set_transformer(2, 16, 4, num_heads=4, num_inducing=3, num_encoders=2, rng=0)
-    >>> state, x = setattn.streaming.create("set_transformer", params), np.ones((5, 2), np.float32)
-    >>> for _ in range(state.passes - 1):
-    ...     state = setattn.streaming.advance(setattn.streaming.update(state, x))
-    >>> state
-    <setattn.streaming.State set_transformer, batch (), pass 3 of 3: 0 elements in 0 chunks>
-    """
-    _is_state("advance", "state", state)
-    if state.current_pass + 1 >= state.passes:
-        raise OptionError("advance", "state", f"in pass {state.passes} of {state.passes}", "one in a pass before the last")
-    _has_seen_all("advance", state)
-    with ignore_underflow(state.work.call.xp):
-        return _in_next_pass(state, (*state.found, _result(state)))
+def part_of(state: State, now: Pass, chunk: Array, mask: Array | None) -> Part:
+    """Make the state of the attention to a chunk."""
+    context = now.context(chunk, mask, state.first + state.elements)
+    context = context._replace(length=_length(state, now))
+    return part_of_attention(now.queries, [context], now.attention, state._work.o, now.query_norm)
 
 
-def finish(state: State, /) -> Array:
-    """Compute the result of all that a state has seen.
-
-    Parameters
-    ----------
-    state : State
-        A state in its last pass; it stays what it is, and may see more afterwards. One of a function with a row of
-        result for each element, such as ``isab``, gives what the rows will attend to: see :func:`advance` and
-        :func:`rows` for them.
-
-    Returns
-    -------
-    array
-        What the function returns for the whole set, but for rounding; after nothing, that of the empty set.
-
-    Raises
-    ------
-    OptionError
-        If the state is not in its last pass, or if that has seen more or fewer elements than the first.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> params, x = setattn.init_pma(8, num_heads=2, rng=0), np.ones((5, 8), np.float32)
-    >>> state = setattn.streaming.update(setattn.streaming.create("pma", params), x)
-    >>> bool(np.allclose(setattn.streaming.finish(state), setattn.pma(x, params), atol=1e-6))
-    True
-    """
-    _is_state("finish", "state", state)
-    if state.current_pass + 1 != state.work.passes.count:
-        now, last = state.current_pass + 1, state.work.passes.count
-        raise OptionError("finish", "state", f"in pass {now} of {state.passes}", f"one in pass {last}: see advance()")
-    _has_seen_all("finish", state)
-    call = state.work.call
-    with ignore_underflow(call.xp):
-        result = _result(state)
-        return call.xp.astype(result, call.dtype) if is_half(call) else result
+def empty_part(state: State, now: Pass) -> Part:
+    """Make the state of the attention to nothing."""
+    return part_of(replace(state, first=0, elements=0), now, state._work.empty, None)
 
 
-def rows(state: State, chunk: Array, /, *, mask: Array | None = None) -> tuple[State, Array]:
-    """Compute the rows of the result that belong to some of the elements.
+def _length(state: State, now: Pass) -> int | Array | None:
+    if state.length is None:
+        return None
+    return state.length + sum(own.elements.shape[-2] for own in now.beside)
 
-    Parameters
-    ----------
-    state : State
-        A state in the last pass of a function with a row of result for each element: ``isab``, or ``perceiver_io`` with
-        its inputs as queries.
-    chunk, mask
-        As for :func:`update`.
 
-    Returns
-    -------
-    State
-        The state after the chunk.
-    array, shape (..., n, dim)
-        Its rows; those of elements that do not take part are 0.
+def merging(state: State) -> Callable[[Part, Part], Part]:
+    return lambda a, b: merge_states(a, b, state._work.call.xp)
 
-    Raises
-    ------
-    ShapeError, MaskError, DTypeError, NamespaceError
-        If the chunk does not fit; the message has its number, counted from 0.
-    OptionError
-        If the state is in another pass.
 
-    Examples
-    --------
-    >>> import numpy as np, setattn, setattn.streaming
-    >>> params, x = setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0), np.ones((5, 8), np.float32)
-    >>> state = setattn.streaming.update(setattn.streaming.create("isab", params), x)
-    >>> state, y = setattn.streaming.rows(setattn.streaming.advance(state), x)
-    >>> bool(np.allclose(y, setattn.isab(x, params), atol=1e-6))
-    True
-    """
-    _is_state("rows", "state", state)
-    work = state.work
-    if work.now is not None or work.passes.rows is None:
-        now = f"in pass {state.current_pass + 1} of {state.passes} of {state.function}"
-        raise OptionError("rows", "state", now, "one in the last pass of a function with a row for each element")
-    n = check_chunk(state, chunk, mask)
-    with ignore_underflow(work.call.xp):
-        y = work.passes.rows(state.found, chunk, mask, state.first + state.elements)
-    y = work.call.xp.astype(y, work.call.dtype) if is_half(work.call) else y
-    return replace(state, elements=state.elements + n, chunks=state.chunks + 1), y
+def result_of(state: State) -> Array:
+    """Compute what a pass finds."""
+    now, merge, o = state._pass, merging(state), state._work.o
+    assert now is not None
+    part = total(merge, state.levels) if state.levels else empty_part(state, now)
+    for own in now.beside:
+        own = own._replace(length=_length(state, now))  # noqa: PLW2901
+        part = merge(part, part_of_attention(now.queries, [own], now.attention, o, now.query_norm))
+    return now.after(end_of_attention(part, now.queries, now.attention, o))
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def is_state(function: str, argument: str, state: Any) -> None:
+    if not isinstance(state, State):
+        raise ParameterError(function, argument, f"a {type(state).__qualname__}", "a setattn.streaming.State")
+
+
+def has_seen_all(function: str, state: State) -> None:
+    if state.expected not in (None, state.elements):
+        wanted = f"{state.expected}, as in the first pass"
+        raise OptionError(
+            function, "state", f"after {state.elements} elements in pass {state.current_pass + 1}", wanted
+        )
+
+
+def check_same_stream(function: str, a: State, b: State, path: str = "b") -> None:
+    """Check that two states are of the same stream, in the same pass."""
+    if a.function != b.function:
+        raise ParameterError(function, path, f"a state of {b.function}", f"one of {a.function}, as a is")
+    check_same_options(function, path, a.options, b.options)
+    if a.batch != b.batch:
+        raise ShapeError(function, path, b.batch, f"{a.batch}, as a has", "batch")
+    check_alike(function, f"{path}, its chunks", a._work.empty, b._work.empty)
+    check_same(function, f"{path}.params", a.params, b.params)
+    check_same(function, f"{path}.queries", a.queries, b.queries)
+    if type(a.length) is int or type(b.length) is int:
+        if a.length is not b.length and (type(a.length) is not type(b.length) or a.length != b.length):
+            raise OptionError(function, f"{path}.length", repr(b.length), f"{a.length!r}, as that of a")
+    else:
+        check_same(function, f"{path}.length", a.length, b.length)
+    if a.current_pass != b.current_pass:
+        raise OptionError(function, path, f"in pass {b.current_pass + 1}", f"one in pass {a.current_pass + 1}, as a is")
+    check_same(function, f"{path}.found", a.found, b.found)
