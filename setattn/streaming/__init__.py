@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from setattn.streaming._files import SourceError
+from setattn.streaming._fold import fold, transform
 from setattn.streaming._functions import advance, create, finish, merge, rows, update
+from setattn.streaming._save import load, save
 from setattn.streaming._stream import State
 
-__all__ = ["State", "advance", "create", "finish", "merge", "rows", "update"]
+__all__ = [
+    "SourceError",
+    "State",
+    "advance",
+    "create",
+    "finish",
+    "fold",
+    "load",
+    "merge",
+    "rows",
+    "save",
+    "transform",
+    "update",
+]

@@ -163,8 +163,8 @@ def has_seen_all(function: str, state: State) -> None:
         )
 
 
-def check_same_stream(function: str, a: State, b: State, path: str = "b") -> None:
-    """Check that two states are of the same stream, in the same pass."""
+def check_same_stream(function: str, a: State, b: State, path: str = "b", *, same_pass: bool = True) -> None:
+    """Check that two states are of the same stream and, where that is to be, in the same pass."""
     if a.function != b.function:
         raise ParameterError(function, path, f"a state of {b.function}", f"one of {a.function}, as a is")
     check_same_options(function, path, a.options, b.options)
@@ -178,6 +178,8 @@ def check_same_stream(function: str, a: State, b: State, path: str = "b") -> Non
             raise OptionError(function, f"{path}.length", repr(b.length), f"{a.length!r}, as that of a")
     else:
         check_same(function, f"{path}.length", a.length, b.length)
+    if not same_pass:
+        return
     if a.current_pass != b.current_pass:
         raise OptionError(function, path, f"in pass {b.current_pass + 1}", f"one in pass {a.current_pass + 1}, as a is")
     check_same(function, f"{path}.found", a.found, b.found)

@@ -105,7 +105,8 @@ def all_options(caller: str, name: str, given: dict[str, Any]) -> dict[str, Any]
         if option not in known:
             wanted = "it with each chunk" if option == "mask" else f"one of {name} in a stream: {', '.join(known)}"
             raise OptionError(caller, option, "given", wanted)
-    return known | given
+    plain = {option: value.item() if hasattr(value, "item") else value for option, value in given.items()}
+    return known | plain
 
 
 def work_of(
