@@ -44,11 +44,6 @@ def part_of_attention(
     return _state(query, contexts, p, o)
 
 
-def end_of_attention(state: State, query: Array, p: Attention, o: Options) -> Array:
-    """Return what :func:`attend` does, of the states of all parts, merged."""
-    return output(finish(state, o.xp), query, p, o.xp)
-
-
 def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple[Array, Attention]:
     """Normalise the queries, or leave some of it to their projection."""
     query_norm, (to_queries,) = folded(query_norm, (p.query,), query.shape[-2], o.xp)

@@ -109,6 +109,17 @@ def why_not(dtype: str, xp: Namespace) -> str:
     return ""
 
 
+def widest_float(x: Array, xp: Namespace) -> Any:
+    """Return float64 where the device of ``x`` has it, and else the dtype of ``x``."""
+    if x.dtype == xp.float64 or why_not("float64", xp):
+        return x.dtype
+    try:
+        xp.zeros((1,), dtype=xp.float64, device=creation_device(x, xp))
+    except (TypeError, ValueError, RuntimeError):
+        return x.dtype
+    return xp.float64
+
+
 def native(dtype: Any) -> Any:
     """Return a dtype in the byte order of the machine: another one is a matter of storage, not a type of its own."""
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from setattn import _check as check
-from setattn._attend import end_of_attention, part_of_attention
+from setattn._attend import part_of_attention
 from setattn._blocks import Levels, total
+from setattn._context import Context
 from setattn._errors import OptionError, ParameterError, ShapeError
 from setattn._state import State as Part
-from setattn._state import merge_states
+from setattn._state import finish, merge_states, output
 from setattn._typing import Array
 from setattn.streaming._passes import Pass
 from setattn.streaming._same import check_alike, check_same, check_same_options
@@ -115,10 +116,8 @@ def in_pass(state: State, found: tuple[Array, ...]) -> State:
 
 
 def part_of(state: State, now: Pass, chunk: Array, mask: Array | None) -> Part:
-    """Make the state of the attention to a chunk."""
-    context = now.context(chunk, mask, state.first + state.elements)
-    context = context._replace(length=_length(state, now))
-    return part_of_attention(now.queries, [context], now.attention, state._work.o, now.query_norm)
+    """Make the state of the attention to a chunk, as it is kept."""
+    return _part(state, now, now.context(chunk, mask, state.first + state.elements))
 
 
 def empty_part(state: State, now: Pass) -> Part:
@@ -126,25 +125,29 @@ def empty_part(state: State, now: Pass) -> Part:
     return part_of(replace(state, first=0, elements=0), now, state._work.empty, None)
 
 
-def _length(state: State, now: Pass) -> int | Array | None:
-    if state.length is None:
-        return None
-    return state.length + sum(own.elements.shape[-2] for own in now.beside)
+def _part(state: State, now: Pass, context: Context) -> Part:
+    length, work = state.length, state._work
+    if length is not None:
+        length = length + sum(own.elements.shape[-2] for own in now.beside)
+    context = context._replace(length=length)
+    part = part_of_attention(now.queries, [context], now.attention, work.o, now.query_norm)
+    return Part(*(work.call.xp.astype(a, work.merged, copy=False) for a in part))
 
 
 def merging(state: State) -> Callable[[Part, Part], Part]:
+    """Return the function that merges two parts."""
     return lambda a, b: merge_states(a, b, state._work.call.xp)
 
 
 def result_of(state: State) -> Array:
     """Compute what a pass finds."""
-    now, merge, o = state._pass, merging(state), state._work.o
+    now, merge, work = state._pass, merging(state), state._work
     assert now is not None
     part = total(merge, state.levels) if state.levels else empty_part(state, now)
     for own in now.beside:
-        own = own._replace(length=_length(state, now))  # noqa: PLW2901
-        part = merge(part, part_of_attention(now.queries, [own], now.attention, o, now.query_norm))
-    return now.after(end_of_attention(part, now.queries, now.attention, o))
+        part = merge(part, _part(state, now, own))
+    mean = work.call.xp.astype(finish(part, work.call.xp), work.computed, copy=False)
+    return now.after(output(mean, now.queries, now.attention, work.call.xp))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from setattn._flamingo import perceiver_resampler
 from setattn._layers import Options
 from setattn._layers import options as checked_options
 from setattn._mab import mab
-from setattn._namespace import creation_device, ignore_underflow
+from setattn._namespace import creation_device, ignore_underflow, native, widest_float
 from setattn._params import ISAB, FeedForward, Linear, is_absent, map_params
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention
@@ -85,6 +85,8 @@ class Work(NamedTuple):
     o: Options
     passes: Passes
     empty: Array  # a chunk without elements
+    computed: Any  # the dtype that is computed in, and the one that states are merged in: where that has more digits,
+    merged: Any  # the merges of a long stream round next to nothing
 
 
 def function_name(caller: str, function: Any) -> str:
@@ -133,7 +135,9 @@ def work_of(
         if is_half(call):
             params, queries = map_params(lambda a: widen(a, call.xp), (params, () if queries is None else queries))
             queries = None if is_absent(queries) else queries
-        return Work(call, o, passes_of(name, Given(params, o, queries, options)), empty)
+        passes = passes_of(name, Given(params, o, queries, options))
+        like = widen(leaf, call.xp) if is_half(call) else leaf
+        return Work(call, o, passes, empty, native(like.dtype), native(widest_float(like, call.xp)))
 
 
 def _first_leaf(params: Any) -> Any:
