@@ -51,11 +51,12 @@ class NpyFile:
         self._caller, self._path = caller, path
         self.watched = Watched(caller, path)
         try:
+            with path.open("rb") as file:
+                if file.read(6) != b"\x93NUMPY":
+                    raise ValueError("it does not begin as one")
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise self._broken(f"a whole file of an array, as numpy.save writes it: {_line(error)}") from error
-        if not isinstance(mapped, np.memmap):
-            raise self._broken("a file of one array, as numpy.save writes it")
+            raise self._broken(f"a whole .npy file, as numpy.save writes it: {_line(error)}") from error
         self.shape: Shape = mapped.shape
         self.dtype = mapped.dtype
         self._begin = int(mapped.offset)

@@ -223,9 +223,7 @@ class _Run:
     def check_repeatable(self, passes: int) -> None:
         """Check, before anything is read, that a source can be gone through as often as it has to be."""
         if passes > 1 and not self.source.repeatable:
-            wanted = (
-                f"one that can be gone through {passes} times: a list, an array, a path, a function that returns it"
-            )
+            wanted = f"one to go through {passes} times: a list, an array, a path, a function that returns an iterator"
             raise SourceError(self.caller, "source", self.source.kind, wanted)
 
     def resumed(self, path: Path) -> State:
@@ -296,9 +294,8 @@ class _Run:
     def _check_end(self, state: State) -> None:
         if state.expected not in (None, state.elements):
             got = f"one of {state.elements} elements in pass {state.current_pass + 1}"
-            raise SourceError(
-                self.caller, "source", got, f"the same in every pass: {state.expected} elements in the first"
-            )
+            wanted = f"the same in every pass: the first had {state.expected} elements"
+            raise SourceError(self.caller, "source", got, wanted)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,15 @@ def passes_of(function: str, given: Given) -> Passes:
     return _PASSES[function](given)
 
 
+def refuse(params: Any) -> None:
+    """Refuse embeddings of axes that chunks do not have."""
+    if isinstance(params, Resampler):
+        for name, axis in (("frame_embedding", "frames"), ("media_embedding", "media")):
+            if not is_absent(getattr(params, name)):
+                wanted = f"(), as chunks have no axis of {axis}; add the embedding to the elements of each chunk"
+                raise ParameterError("perceiver_resampler", f"params.{name}", "there", wanted)
+
+
 def _once(asking: Pass) -> Passes:
     return Passes((asking.attention,), lambda _: asking)
 
@@ -224,10 +233,6 @@ def _encoder(p: Perceiver, g: Given, end: Callable[[Array], Array]) -> Passes:
 def _perceiver_resampler(g: Given) -> Passes:
     p, o = g.params, g.o
     assert isinstance(p, Resampler)
-    for name, axis in (("frame_embedding", "frames"), ("media_embedding", "media")):
-        if not is_absent(getattr(p, name)):
-            wanted = f"(), as chunks have no axis of {axis}; add the embedding to the elements of each chunk"
-            raise ParameterError("perceiver_resampler", f"params.{name}", "there", wanted)
 
     def make(found: tuple[Array, ...]) -> Pass:
         z, layer = found[-1] if found else p.latents, p.layers[len(found)]

@@ -112,7 +112,8 @@ def _of_array(a: Any, mask: Any, to: Target) -> Source:
     sets = shape if to.tokens else shape[:-1]
     if mask is not None and (not _is_one_array(mask) or tuple(mask.shape) != sets):
         got = tuple(mask.shape) if _is_one_array(mask) else f"a {type(mask).__qualname__}"
-        raise MaskError(to.caller, "mask", got, f"an array of shape {sets}, one entry for each element of the source")
+        wanted = f"an array of shape {sets}, one entry for each element of the source"
+        raise MaskError(to.caller, "mask", got, wanted, "shape" if _is_one_array(mask) else "")
     n, width = shape[axis], (bits_of(to.like.dtype, to.call.xp) or 64) // 8
     step = max(1, to.chunk_bytes // max(1, width * math.prod(shape) // max(1, n)))
     grid = getattr(a, "chunks", None)

@@ -22,7 +22,7 @@ from setattn._perceiver_layers import cross_attention
 from setattn._set_transformer import isab, pma, set_transformer
 from setattn._structure import token_table
 from setattn._typing import Array
-from setattn.streaming._passes import Given, Passes, passes_of
+from setattn.streaming._passes import Given, Passes, passes_of, refuse
 
 
 class _Function(NamedTuple):
@@ -124,6 +124,7 @@ def work_of(
     if leaf is None:
         begin(name, "params", params)
     call = begin(name, "params", leaf, "params")
+    refuse(params)
     table = token_table(params)
     empty = _empty(call, leaf, name, params, batch, tokens=not is_absent(table))
     arrays = {True: (queries, empty), False: (empty, queries), None: (empty,)}[wants]
