@@ -322,6 +322,16 @@ def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     return np.from_dlpack(x)
 
 
+def same_bits(a: Array, b: Array) -> bool:
+    """Say whether two arrays of one shape and dtype hold the same numbers, bit by bit."""
+    return to_numpy(a).tobytes() == to_numpy(b).tobytes()
+
+
+def store(out: Any, axis: int, cut: slice, part: Array) -> None:
+    """Write a part into an array of any kind that slices can be assigned to, such as one on disk."""
+    put(out, axis, cut, part if namespace_of(out) is namespace_of(part) else to_numpy(part))
+
+
 def memory_order(x: Array) -> tuple[int, ...]:
     """Return the axes of an array from the longest steps in memory to the shortest, where it is then contiguous."""
     host = to_numpy(x)

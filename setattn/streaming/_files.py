@@ -82,7 +82,7 @@ class NpyFile:
                     raise self._broken(f"a file that is not cut short before chunk {number}")
                 pieces.append(piece)
         self.watched.check(number)
-        whole = pieces[0] if outer == 1 else np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        whole = pieces[0] if outer == 1 else np.concatenate(pieces) if pieces else np.frombuffer(b"", self.dtype)
         whole = whole.reshape(*shape[:at], rows, *shape[at + 1 :])
         whole = whole.T if self._fortran else whole
         return whole.astype(self.dtype.newbyteorder("="), copy=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from setattn import _check as check
 from setattn._errors import OptionError, ShapeError
-from setattn._namespace import creation_device, namespace_of, put, to_numpy
+from setattn._namespace import creation_device, store
 from setattn._typing import Array
 from setattn.streaming._files import SourceError
 from setattn.streaming._functions import advance, finish, rows, update
@@ -172,14 +172,14 @@ def transform(
     parts = run.rows(progress)
     if out is None:
         return parts
-    place, xp, shape = 0, run.state._work.call.xp, tuple(getattr(out, "shape", ()))
+    place, shape = 0, tuple(getattr(out, "shape", ()))
     for part in parts:
         *sets, n, dim = part.shape
         room = run.source.elements or (shape[-2] if len(shape) > 1 else 0)
         if shape != (*sets, room, dim) or place + n > room:
             wanted = f"{(*sets, run.source.elements or f'{place + n} or more', dim)}, a row for each element"
             raise ShapeError("transform", "out", shape, wanted, "shape")
-        put(out, -2, slice(place, place + n), part if namespace_of(out) is xp else to_numpy(part))
+        store(out, -2, slice(place, place + n), part)
         place = place + n
     if place and place != shape[-2]:
         raise ShapeError("transform", "out", shape, f"{place} rows, one for each element", "shape")

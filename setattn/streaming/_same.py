@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from setattn._errors import DTypeError, NamespaceError, OptionError, ParameterError, ShapeError
-from setattn._namespace import device_of, name_of, namespace_of, to_numpy
+from setattn._namespace import device_of, name_of, namespace_of, same_bits
 from setattn._params import is_absent
 from setattn._typing import Array
 
@@ -25,7 +25,7 @@ def check_same(function: str, path: str, a: Any, b: Any, other: str = "a") -> No
             check_same(function, f"{path}.{names[i]}" if names else f"{path}[{i}]", x, y, other)
         return
     check_alike(function, path, a, b, other)
-    if not _same_numbers(a, b):
+    if not same_bits(a, b):
         raise ParameterError(function, path, "of other numbers", f"those of {other}, bit by bit")
 
 
@@ -54,7 +54,3 @@ def check_same_options(function: str, path: str, a: dict[str, Any], b: dict[str,
 
 def _kind(p: Any) -> str:
     return "absent" if is_absent(p) else "None" if p is None else f"a {type(p).__name__}"
-
-
-def _same_numbers(a: Array, b: Array) -> bool:
-    return to_numpy(a).tobytes() == to_numpy(b).tobytes()

@@ -184,7 +184,8 @@ def _restored(about: dict[str, Any], trees: dict[str, Any]) -> State:
     options = dict(about["options"])
     if "plan" not in options:
         order, *rest = about["plan"] or [None]
-        options["plan"] = None if about["plan"] is None else Plan(None if order is None else Order(*order), *rest)
+        plan = None if about["plan"] is None else Plan(None if order is None else Order(*order), *rest)
+        options = options | {"plan": plan}
     queries = None if is_absent(trees["queries"]) else trees["queries"]
     length = about["length"] if is_absent(trees["length"]) else trees["length"]
     state = create_for(
