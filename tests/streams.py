@@ -39,7 +39,7 @@ def streams(case: Case) -> bool:
     if case.function == "set_transformer":
         return all(isinstance(block, ISAB) for block in p.encoder)
     if case.function == "perceiver_resampler":
-        return is_absent(p.frame_embedding) and is_absent(p.media_embedding)
+        return all(map(is_absent, (p.frame_embedding, p.media_embedding, p.mean_latents)))
     return True
 
 

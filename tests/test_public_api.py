@@ -22,13 +22,13 @@ from setattn.checkpoints._registry import FAMILIES
 
 ROOT = Path(setattn.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
-LIBRARY = {name: path for name, path in SOURCES.items() if not name.startswith(("demo/", "__main__"))}
+LIBRARY = {name: path for name, path in SOURCES.items() if not name.startswith(("demo/", "_commands/", "__main__"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in LIBRARY.items()}
 
 PUBLIC = {name: getattr(setattn, name) for name in setattn.__all__}
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 BLOCKS = {name: f for name, f in FUNCTIONS.items() if "params" in inspect.signature(f).parameters} | {
-    "fourier_features": setattn.fourier_features
+    name: getattr(setattn, name) for name in ("fourier_features", "sincos_features")
 }
 BLOCKS = {name: f for name, f in BLOCKS.items() if not name.endswith("_params")}
 
@@ -51,8 +51,8 @@ def test_all_is_exactly_what_is_public():
 
 
 def test_every_block_has_its_init():
-    special = {"attention_weights": "attention", "sab": "mab", "fourier_features": "linear"}
-    for name in BLOCKS:
+    special = {"attention_weights": "attention", "sab": "mab"}
+    for name in BLOCKS.keys() - {"fourier_features", "sincos_features"}:
         assert f"init_{special.get(name, name)}" in FUNCTIONS
 
 
@@ -92,7 +92,7 @@ def test_arrays_come_first_and_options_by_name(name):
     assert all(kind is inspect.Parameter.POSITIONAL_ONLY for kind in kinds[:here])
     after = here + ("params" in names)
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds[after:])
-    assert all(p.default is not inspect.Parameter.empty for p in parameters[after:]) or name == "fourier_features"
+    assert all(p.default is not inspect.Parameter.empty for p in parameters[after:]) or name.endswith("_features")
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.startswith("init_")])
@@ -293,24 +293,26 @@ LAYERS = [
     {"_namespace"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
+    {"_parts"},
     {"_structure", "_positions", "_layers", "_init/_draw"},
     {"_embedding", "_init/_layers"},
     {"_context"},
     {"_state"},
     {"_attend"},
-    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_flamingo"},
+    {"_attention", "_attention_pool", "_mab", "_perceiver_layers", "_resampler", "_flamingo"},
     {"_perceiver", "_set_transformer"},
     {"_init/_set_transformer", "_init/_perceiver", "_init/_flamingo"},
     {"_init/__init__"},
     {"checkpoints/__init__", "checkpoints/_block", "checkpoints/_safetensors", "checkpoints/_npz"},
     {"checkpoints/_layout", "checkpoints/_sources"},
-    {"checkpoints/_weights", "checkpoints/_canonical"},
+    {"checkpoints/_weights", "checkpoints/_canonical", "checkpoints/_perceiver_names"},
     {"checkpoints/_torch"},
     {f"checkpoints/{family}" for family in FAMILIES},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
-    {"checkpoints/_fit"},
-    {"checkpoints/_load"},
+    {"checkpoints/_fit", "checkpoints/_words"},
+    {"checkpoints/_load", "checkpoints/_inspect"},
+    {"checkpoints/_public"},
     {"__init__"},
     {"streaming/_passes", "streaming/_same", "streaming/_files"},
     {"streaming/_work"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 
+import cases
 import numpy as np
 import pytest
 import strategies
@@ -438,6 +439,12 @@ def test_what_cannot_be_streamed():
             {},
             setattn.ParameterError,
             "params.frame_embedding' is there; wanted ()",
+        ),
+        (
+            ("perceiver_resampler", cases.make("perceiver_resampler-mean-latents").params),
+            {},
+            setattn.ParameterError,
+            "params.mean_latents' is there; wanted (), as the mean of all elements",
         ),
         ((setattn.sab, PARAMS), {}, setattn.OptionError, "'function' is 'sab'; wanted one of 'attention'"),
         (("cross_attention", PARAMS), {}, setattn.OptionError, "'queries' is None; wanted an array, the first one of"),

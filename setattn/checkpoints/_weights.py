@@ -25,14 +25,22 @@ class Size(NamedTuple):
 class Findings:
     """What was found on the way: shared by all the parts of a block."""
 
-    def __init__(self, shapes: dict[str, Shape], read: Callable[[str], Array] | None, convention: Convention) -> None:
+    def __init__(
+        self,
+        shapes: dict[str, Shape],
+        read: Callable[[str], Array] | None,
+        convention: Convention,
+        stand_in: Callable[[Shape], Array] | None = None,
+    ) -> None:
         self.shapes = shapes
         self.read = read  # without it, shapes alone are looked at
+        self.stand_in = stand_in  # makes what is read something of that shape alone
         self.convention = convention
         self.used: dict[str, Array] = {}
         self.missing: list[str] = []
         self.problems: list[str] = []
         self.sizes: dict[str, Size] = {}
+        self.axes: dict[str, tuple[Axis, ...]] = {}  # of the tensors, as they were asked for
 
 
 class Weights:
@@ -91,17 +99,20 @@ class Weights:
     # --- arrays and the parts of a tree ---
 
     def array(self, key: str, *axes: Axis) -> Array:
-        """Return a tensor of these axes; the leading ones that are 1 are dropped."""
-        a = self._take(key, axes)
-        leading = 0
-        while leading < len(axes) and axes[leading] == 1:
-            leading += 1
-        return a if _is_hole(a) or not leading else self._reshaped(a, axes[leading:])
+        """Return a tensor of these axes; those that are always 1 are dropped."""
+        a, kept = self._take(key, axes), [axis for axis in axes if axis != 1]
+        return a if _is_hole(a) or len(kept) == len(axes) else self._reshaped(a, kept)
 
     def row(self, key: str, axis: int | str) -> Array:
         """Return a tensor of one axis with an axis of 1 in front."""
         a = self._take(key, (axis,))
         return a if _is_hole(a) else self._reshaped(a, (1, axis))
+
+    def computed(self, shape: Shape, make: Callable[[], Array]) -> Array:
+        """Return an array that is in no tensor, and is made only where the others are read."""
+        if self._f.read is None:
+            return ()
+        return make() if self._f.stand_in is None else self._f.stand_in(shape)
 
     def linear(
         self, key: str, inputs: Sequence[int | str], outputs: Sequence[int | str], bias: bool | None = True
@@ -157,6 +168,7 @@ class Weights:
     def _take(self, key: str, axes: Sequence[Axis]) -> Array:
         """Return a tensor as it is, or a hole in its place."""
         name = self._prefix + key
+        self._f.axes.setdefault(name, tuple(axes))
         if name not in self._f.shapes:
             if name not in self._f.missing:
                 self._f.missing.append(name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from setattn._attention_pool import after_pool
+from setattn._attention_pool import after_pool, pool_context, pool_queries
 from setattn._context import Context
+from setattn._embedding import rows_for
 from setattn._errors import ParameterError
-from setattn._flamingo import resampler_contexts
 from setattn._layers import AnyNorm, Options, enter, linear, norm, residual_feed_forward
 from setattn._mab import after_mab, apply_mab, mab_queries
 from setattn._params import (
@@ -19,7 +19,6 @@ from setattn._params import (
     AttentionPool,
     CrossAttention,
     InputEmbedding,
-    Linear,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -28,6 +27,7 @@ from setattn._params import (
 )
 from setattn._perceiver import embedded, head
 from setattn._perceiver_layers import after_cross_attention, cross_attend, transform
+from setattn._resampler import resampler_contexts, resampler_input
 from setattn._set_transformer import decode, pma_context
 from setattn._typing import Array
 
@@ -72,8 +72,13 @@ def passes_of(function: str, given: Given) -> Passes:
 
 
 def refuse(params: Any) -> None:
-    """Refuse embeddings of axes that chunks do not have."""
+    """Refuse embeddings of axes that chunks do not have, and queries that are made of the elements."""
     if isinstance(params, Resampler):
+        if not is_absent(params.mean_latents):
+            wanted = (
+                "(), as the mean of all elements is not known before the last of them"
+            )
+            raise ParameterError("perceiver_resampler", "params.mean_latents", "there", wanted)
         for name, axis in (("frame_embedding", "frames"), ("media_embedding", "media")):
             if not is_absent(getattr(params, name)):
                 wanted = f"(), as chunks have no axis of {axis}; add the embedding to the elements of each chunk"
@@ -124,14 +129,20 @@ def _isab(g: Given) -> Passes:
 
 def _attention_pool(g: Given) -> Passes:
     p: AttentionPool = g.params
+    probe, query_norm = pool_queries(p, g.o)
     asking = Pass(
-        p.probe,
+        probe,
         p.attention,
-        lambda y, mask, _: Context(y, mask, norm=p.context_norm),
+        lambda y, mask, first: pool_context(y, mask, p, first),
         lambda h: after_pool(h, p, g.o),
-        p.query_norm,
+        query_norm,
     )
-    return _once(asking)
+    return _once(asking)._replace(places=_rows(p.position))
+
+
+def _rows(*tables: Array) -> int | None:
+    """Return how many places there are in tables, if there is any."""
+    return min((table.shape[0] for table in tables if not is_absent(table)), default=None)
 
 
 def _cross_attention(g: Given) -> Passes:
@@ -224,10 +235,9 @@ def _encoder(p: Perceiver, g: Given, end: Callable[[Array], Array]) -> Passes:
 
         return asking._replace(after=after)
 
-    tables = (p.input.position, p.input.features) if isinstance(p.input, InputEmbedding) else ()
-    rows = [table.shape[0] for table in tables if not is_absent(table)]
     attentions = tuple(block.attention for block in blocks if isinstance(block, CrossAttention))
-    return Passes(attentions, make, places=min(rows) if rows else None)
+    tables = (p.input.position, p.input.features) if isinstance(p.input, InputEmbedding) else ()
+    return Passes(attentions, make, places=_rows(*tables))
 
 
 def _perceiver_resampler(g: Given) -> Passes:
@@ -238,9 +248,12 @@ def _perceiver_resampler(g: Given) -> Passes:
         z, layer = found[-1] if found else p.latents, p.layers[len(found)]
         features, own = resampler_contexts(z, Context(z), layer)
 
-        def context(y: Array, mask: Array | None, _: int) -> Context:
-            first = (lambda x: linear(x, p.input, o.xp)) if isinstance(p.input, Linear) else None
-            return features._replace(elements=y, mask=mask, prepare=first)
+        def context(y: Array, mask: Array | None, first: int) -> Context:
+            part = features._replace(elements=y, mask=mask)
+            if not is_absent(p.position):
+                places = rows_for(InputEmbedding(position=p.position), slice(first, first + y.shape[-2]))
+                part = part._replace(embedding=places)
+            return part if is_absent(p.input) else part._replace(prepare=lambda x: resampler_input(x, p, o))
 
         def after(h: Array) -> Array:
             h = residual_feed_forward(z + h, layer, o)
@@ -249,7 +262,7 @@ def _perceiver_resampler(g: Given) -> Passes:
 
         return Pass(z, layer.attention, context, after, layer.query_norm, (own,))
 
-    return Passes(tuple(layer.attention for layer in p.layers), make)
+    return Passes(tuple(layer.attention for layer in p.layers), make, places=_rows(p.position))
 
 
 _PASSES: dict[str, Callable[[Given], Passes]] = {

@@ -11,7 +11,6 @@ from setattn._attention import attention
 from setattn._attention_pool import attention_pool
 from setattn._call import Call, begin, is_half, widen
 from setattn._errors import OptionError, ShapeError
-from setattn._flamingo import perceiver_resampler
 from setattn._layers import Options
 from setattn._layers import options as checked_options
 from setattn._mab import mab
@@ -19,6 +18,7 @@ from setattn._namespace import creation_device, ignore_underflow, native, widest
 from setattn._params import ISAB, FeedForward, Linear, is_absent, map_params
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention
+from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, pma, set_transformer
 from setattn._structure import token_table
 from setattn._typing import Array
@@ -59,13 +59,19 @@ def _of_set_transformer(p: Any) -> Any:
     return _of_map((first.mab_inducing if isinstance(first, ISAB) else first).attention.key)
 
 
+def _of_pool(p: Any) -> Any:
+    return _of_map(p.input if isinstance(p.input, Linear) else p.attention.key)
+
+
 def _of_resampler(p: Any) -> Any:
-    return _of_map(p.input) if isinstance(p.input, Linear) else p.latents.shape[1]
+    if is_absent(p.input):
+        return p.latents.shape[1]
+    return _of_map(p.input.hidden if isinstance(p.input, FeedForward) else p.input)
 
 
 FUNCTIONS = {
     "attention": _Function(attention, True, lambda p: _of_map(p.key)),
-    "attention_pool": _Function(attention_pool),
+    "attention_pool": _Function(attention_pool, width=_of_pool),
     "cross_attention": _Function(cross_attention, True),
     "isab": _Function(isab, width=lambda p: _of_map(p.mab_inducing.attention.key)),
     "mab": _Function(mab, True),
