@@ -441,7 +441,7 @@ def test_what_cannot_be_streamed():
             "params.frame_embedding' is there; wanted ()",
         ),
         (
-            ("perceiver_resampler", cases.make("perceiver_resampler-mean-latents").params),
+            ("perceiver_resampler", cases.make("perceiver_resampler-ip-adapter-mean").params),
             {},
             setattn.ParameterError,
             "params.mean_latents' is there; wanted (), as the mean of all elements",

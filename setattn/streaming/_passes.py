@@ -75,9 +75,7 @@ def refuse(params: Any) -> None:
     """Refuse embeddings of axes that chunks do not have, and queries that are made of the elements."""
     if isinstance(params, Resampler):
         if not is_absent(params.mean_latents):
-            wanted = (
-                "(), as the mean of all elements is not known before the last of them"
-            )
+            wanted = "(), as the mean of all elements is not known before the last of them"
             raise ParameterError("perceiver_resampler", "params.mean_latents", "there", wanted)
         for name, axis in (("frame_embedding", "frames"), ("media_embedding", "media")):
             if not is_absent(getattr(params, name)):
