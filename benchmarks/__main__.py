@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``."""
+"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``stream``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("compare", "gpu")
+COMMANDS = ("compare", "gpu", "stream")
 
 
 def main(arguments: list[str]) -> int:

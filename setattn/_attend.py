@@ -26,8 +26,7 @@ from setattn._typing import Array
 
 def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, query_norm: AnyNorm = ()) -> Array:
     """Attend from queries ``(..., m, dim)``, normalised first, to the elements of all contexts together."""
-    query_norm, (to_queries,) = folded(query_norm, (p.query,), query.shape[-2], o.xp)
-    query, p = norm(query, query_norm, o), p._replace(query=to_queries)
+    query, p = _asked(query, p, o, query_norm)
     if len(contexts) == 1 and _parts(query, contexts[0], p, o) is None:
         order = order_of(query, contexts[0], p, o, whole=True)
         if order.values == "carry_output":
@@ -35,6 +34,20 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
             context, p = _folded(contexts[0], p, o)
             return attend_at_once(queries(query, context, p, order, o, log_n), ready(context, o), p, o)
     return output(finish(_state(query, contexts, p, o), o.xp), query, p, o.xp)
+
+
+def part_of_attention(
+    query: Array, contexts: Sequence[Context], p: Attention, o: Options, query_norm: AnyNorm = ()
+) -> State:
+    """Make the state of queries and of some of the elements that they attend to."""
+    query, p = _asked(query, p, o, query_norm)
+    return _state(query, contexts, p, o)
+
+
+def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple[Array, Attention]:
+    """Normalise the queries, or leave some of it to their projection."""
+    query_norm, (to_queries,) = folded(query_norm, (p.query,), query.shape[-2], o.xp)
+    return norm(query, query_norm, o), p._replace(query=to_queries)
 
 
 def _state(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:

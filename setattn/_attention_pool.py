@@ -9,7 +9,7 @@ from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._embedding import rows_for
-from setattn._layers import linear, norm, options, residual_feed_forward
+from setattn._layers import AnyNorm, Options, linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool, InputEmbedding, is_absent
 from setattn._typing import Array
 
@@ -92,15 +92,30 @@ def attention_pool(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        y = Context(x, mask, norm=p.context_norm, key_positions=key_positions)
-        if not (is_absent(p.input) and is_absent(p.position)):
-            embedding = InputEmbedding(project=p.input, position=p.position)
-            y = y._replace(embedding=rows_for(embedding, slice(0, x.shape[-2])))
-        if is_absent(p.probe_position):
-            h = attend(p.probe, [y], p.attention, o, p.query_norm)
-        else:
-            h = attend(norm(p.probe, p.query_norm, o) + p.probe_position, [y], p.attention, o)
-        h = residual_feed_forward(h, p, o)
-        return linear(norm(h, p.output_norm, o), p.output, o.xp)
+        y = pool_context(x, mask, p)._replace(key_positions=key_positions)
+        probe, query_norm = pool_queries(p, o)
+        return after_pool(attend(probe, [y], p.attention, o, query_norm), p, o)
 
     return evaluate(call, body, params)
+
+
+def pool_context(x: Array, mask: Array | None, p: AttentionPool, first: int = 0) -> Context:
+    """Make a context of elements; ``first`` is the place of the first of them."""
+    y = Context(x, mask, norm=p.context_norm)
+    if is_absent(p.input) and is_absent(p.position):
+        return y
+    embedding = InputEmbedding(project=p.input, position=p.position)
+    return y._replace(embedding=rows_for(embedding, slice(first, first + x.shape[-2])))
+
+
+def pool_queries(p: AttentionPool, o: Options) -> tuple[Array, AnyNorm]:
+    """Return the probe, and the norm that is left to be applied to it."""
+    if is_absent(p.probe_position):
+        return p.probe, p.query_norm
+    return norm(p.probe, p.query_norm, o) + p.probe_position, ()
+
+
+def after_pool(h: Array, p: AttentionPool, o: Options) -> Array:
+    """Compute what follows the attention ``h`` of the probe."""
+    h = residual_feed_forward(h, p, o)
+    return linear(norm(h, p.output_norm, o), p.output, o.xp)

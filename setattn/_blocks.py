@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from setattn._namespace import block_bytes, put, room
 from setattn._order import Order
@@ -12,6 +12,9 @@ from setattn._threads import run
 from setattn._typing import Array, Namespace
 
 T = TypeVar("T")
+
+Levels: TypeAlias = tuple[tuple[int, T], ...]
+"""Parts merged so far, each of how many: powers of two that fall, like the digits of a binary number."""
 
 LEAST = 512  # rows of a block, below which merging its state takes longer than a tenth of its products
 
@@ -112,13 +115,30 @@ def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: 
 
 def fold(merge: Callable[[T, T], T], parts: Iterable[T]) -> T:
     """Merge parts as a balanced tree, in their order: no rounding error is carried through all of them."""
-    stack: list[tuple[int, T]] = []
+    levels: Levels[T] = ()
     for part in parts:
-        size = 1
-        while stack and stack[-1][0] == size:
-            part, size = merge(stack.pop()[1], part), 2 * size  # noqa: PLW2901
-        stack.append((size, part))
-    result = stack.pop()[1]
-    while stack:
-        result = merge(stack.pop()[1], result)
+        levels = combine(merge, levels, ((1, part),))
+    return total(merge, levels)
+
+
+def combine(merge: Callable[[T, T], T], a: Levels[T], b: Levels[T]) -> Levels[T]:
+    """Put the parts of two balanced trees together, as the digits of two binary numbers are added."""
+    digits: dict[int, list[T]] = {}
+    for size, part in (*a, *b):
+        digits.setdefault(size, []).append(part)
+    levels: list[tuple[int, T]] = []
+    while digits:
+        size = min(digits)
+        first, *more = digits.pop(size)
+        if more:  # the two that were there first; a third one, carried from below, stays
+            digits.setdefault(2 * size, []).append(merge(first, more[0]))
+        levels.extend((size, part) for part in (more[1:] if more else [first]))
+    return tuple(reversed(levels))
+
+
+def total(merge: Callable[[T, T], T], levels: Levels[T]) -> T:
+    """Merge the parts of a balanced tree, from the smallest on; there has to be one."""
+    *larger, (_, result) = levels
+    for _, part in reversed(larger):
+        result = merge(part, result)
     return result

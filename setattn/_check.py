@@ -76,12 +76,16 @@ def data(call: Call, argument: str, x: Any, axes: str = "n, dim", ndim: int = 2)
 
 def tokens(call: Call, argument: str, x: Any) -> None:
     """Check integers that are to be looked up in a table."""
-    _belongs(call, argument, x)
-    if not is_integral(x.dtype, call.xp):
-        wanted = f"an integer dtype, as {call.decided_by} is a table to look them up in"
-        raise DTypeError(call.function, argument, x.dtype, wanted, "dtype")
+    integers(call, argument, x, f", as {call.decided_by} is a table to look them up in")
     if len(x.shape) < 1:
         raise ShapeError(call.function, argument, tuple(x.shape), "(..., n)", "shape")
+
+
+def integers(call: Call, argument: str, x: Any, reason: str = "") -> None:
+    """Check the dtype of an array of integers."""
+    _belongs(call, argument, x)
+    if not is_integral(x.dtype, call.xp):
+        raise DTypeError(call.function, argument, x.dtype, f"an integer dtype{reason}", "dtype")
 
 
 def same_batch(call: Call, argument: str, query: Array, context: Array, context_axes: int = 2) -> None:

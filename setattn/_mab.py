@@ -180,12 +180,21 @@ def apply_mab(x: Array, y: Context, p: MAB, o: Options, query_residual: bool, qu
 
     def rows(x: Array, y: Context, block: Block | None) -> Array:
         part = block.of(query_mask) if block is not None else query_mask
-        x = linear(enter(x, part, o), p.project, o.xp)
-        h = attend(x, [y], p.attention, o, p.query_norm)
-        h = norm(into("add", h, x, o.xp) if query_residual else h, p.attention_norm, o)
-        return select(norm(residual_feed_forward(h, p, o), p.output_norm, o), part, o.xp)
+        x = mab_queries(x, p, o, part)
+        return after_mab(attend(x, [y], p.attention, o, p.query_norm), x, p, o, query_residual, part)
 
     return by_queries(rows, x, y._replace(norm=p.context_norm), p.attention, o)
+
+
+def mab_queries(x: Array, p: MAB, o: Options, mask: Array | None = None) -> Array:
+    """Take in what asks, up to the norm before the attention."""
+    return linear(enter(x, mask, o), p.project, o.xp)
+
+
+def after_mab(h: Array, x: Array, p: MAB, o: Options, query_residual: bool, mask: Array | None = None) -> Array:
+    """Compute what follows the attention ``h`` of queries ``x``."""
+    h = norm(into("add", h, x, o.xp) if query_residual else h, p.attention_norm, o)
+    return select(norm(residual_feed_forward(h, p, o), p.output_norm, o), mask, o.xp)
 
 
 def apply_sab(x: Array, p: MAB, o: Options, query_residual: bool, mask: Array | None = None) -> Array:

@@ -109,6 +109,17 @@ def why_not(dtype: str, xp: Namespace) -> str:
     return ""
 
 
+def widest_float(x: Array, xp: Namespace) -> Any:
+    """Return float64 where the device of ``x`` has it, and else the dtype of ``x``."""
+    if x.dtype == xp.float64 or why_not("float64", xp):
+        return x.dtype
+    try:
+        xp.zeros((1,), dtype=xp.float64, device=creation_device(x, xp))
+    except (TypeError, ValueError, RuntimeError):
+        return x.dtype
+    return xp.float64
+
+
 def native(dtype: Any) -> Any:
     """Return a dtype in the byte order of the machine: another one is a matter of storage, not a type of its own."""
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
@@ -309,6 +320,16 @@ def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     if array_api_compat.is_numpy_array(x) or array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
         return np.asarray(x)
     return np.from_dlpack(x)
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Say whether two arrays of one shape and dtype hold the same numbers, bit by bit."""
+    return to_numpy(a).tobytes() == to_numpy(b).tobytes()
+
+
+def store(out: Any, axis: int, cut: slice, part: Array) -> None:
+    """Write a part into an array of any kind that slices can be assigned to, such as one on disk."""
+    put(out, axis, cut, part if namespace_of(out) is namespace_of(part) else to_numpy(part))
 
 
 def memory_order(x: Array) -> tuple[int, ...]:

@@ -98,8 +98,8 @@ def perceiver(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Perceiver) -> Array:
-        z = _perceiver(_elements(inputs, mask, p.input), p, o, depth, query_residual)
-        return _head(z, p.head, o) if isinstance(p.head, MeanHead) else z
+        z = _perceiver(embedded(inputs, mask, p.input), p, o, depth, query_residual)
+        return head(z, p.head, o)
 
     return evaluate(call, body, params)
 
@@ -189,7 +189,7 @@ def perceiver_io(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: PerceiverIO) -> Array:
-        y = _elements(inputs, mask, p.encoder.input)
+        y = embedded(inputs, mask, p.encoder.input)
         z = _perceiver(y, p.encoder, o, depth, query_residual)
         learned = y if is_absent(p.queries) else Context(p.queries)
         q = learned if queries is None else Context(queries)
@@ -215,12 +215,12 @@ def _set_shape(inputs: Array, p: Any) -> tuple[int, ...]:
     return tuple(inputs.shape[:-1] if is_absent(structure.token_table(p)) else inputs.shape)
 
 
-def _elements(inputs: Array, mask: Array | None, p: InputEmbedding | Absent) -> Context:
-    """Make a context of inputs that are embedded where a block of them is taken."""
+def embedded(inputs: Array, mask: Array | None, p: InputEmbedding | Absent, first: int = 0) -> Context:
+    """Make a context of inputs that are embedded block by block; ``first`` is the place of the first of them."""
     if not isinstance(p, InputEmbedding):
         return Context(inputs, mask)
     x = inputs if is_absent(p.tokens) else inputs[..., None]
-    return Context(x, mask, embedding=rows_for(p, slice(0, x.shape[-2])))
+    return Context(x, mask, embedding=rows_for(p, slice(first, first + x.shape[-2])))
 
 
 def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_residual: bool) -> Array:
@@ -234,7 +234,9 @@ def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_re
     return norm(z, p.output_norm, o)
 
 
-def _head(z: Array, p: MeanHead, o: Options) -> Array:
-    """Compute ``output(norm(mean))`` of the latents."""
+def head(z: Array, p: MeanHead | Absent, o: Options) -> Array:
+    """Compute ``output(norm(mean))`` of the latents, or return them where there is no head."""
+    if not isinstance(p, MeanHead):
+        return z
     mean = o.xp.mean(z, axis=-2, keepdims=True)
     return linear(norm(mean, p.norm, o), p.output, o.xp)[..., 0, :]

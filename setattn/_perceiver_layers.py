@@ -163,11 +163,15 @@ def cross_attend(
     def rows(_: Array, y: Context, block: Block | None) -> Array:
         own = q.block(block)
         z = ready(own, o).elements
-        h = attend(z, [y], p.attention, o, p.query_norm)
-        h = residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
+        h = after_cross_attention(attend(z, [y], p.attention, o, p.query_norm), z, p, o, query_residual)
         return select(linear(h, output, o.xp), own.mask, o.xp)
 
     return by_queries(rows, q.elements, y._replace(norm=p.context_norm), p.attention, o)
+
+
+def after_cross_attention(h: Array, z: Array, p: CrossAttention, o: Options, query_residual: bool) -> Array:
+    """Compute what follows the attention ``h`` of queries ``z``."""
+    return residual_feed_forward(into("add", h, z, o.xp) if query_residual else h, p, o)
 
 
 def transform(z: Array, layers: tuple[SelfAttention, ...], o: Options) -> Array:

@@ -116,8 +116,13 @@ def perceiver_resampler(
 
 def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
     """Let latents attend to features and to themselves."""
-    contexts = [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
-    return residual_feed_forward(z + attend(z, contexts, p.attention, o, p.query_norm), p, o)
+    h = attend(z, resampler_contexts(z, y, p), p.attention, o, p.query_norm)
+    return residual_feed_forward(z + h, p, o)
+
+
+def resampler_contexts(z: Array, y: Context, p: CrossAttention) -> list[Context]:
+    """Return what the latents attend to: the features and themselves."""
+    return [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
 
 
 def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options) -> Context:
@@ -143,7 +148,7 @@ def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options) -> Array:
         x = enter(x, here, o)
         if not is_absent(p.position):
             x = x + _rows(p.position, -1, x.shape[-2], block)
-        x = feed_forward(x, p.input, o) if isinstance(p.input, FeedForward) else linear(x, p.input, o.xp)
+        x = resampler_input(x, p, o)
         if not is_absent(p.media_embedding):
             media = _rows(p.media_embedding, of_media, x.shape[of_media], block)
             x = x + (media[:, None, None, :] if frames else media[:, None, :])
@@ -152,6 +157,11 @@ def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options) -> Array:
         return x if is_absent(p.mean_latents) else select(x, here, o.xp)
 
     return by_rows(rows, x, 2 * (x.shape[-1] + sum(widths)), o.plan, o.xp)
+
+
+def resampler_input(x: Array, p: Resampler, o: Options) -> Array:
+    """Map the features."""
+    return feed_forward(x, p.input, o) if isinstance(p.input, FeedForward) else linear(x, p.input, o.xp)
 
 
 def _rows(table: Array, axis: int, size: int, block: Block | None) -> Array:

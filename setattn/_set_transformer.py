@@ -200,10 +200,7 @@ def set_transformer(
                 h = _isab(h, block, o, query_residual, mask)
             else:
                 h = apply_sab(h, block, o, query_residual, mask)
-        h = _pma(h, params.pma, o, query_residual, mask)
-        for block in params.decoder:
-            h = apply_sab(h, block, o, query_residual)
-        return linear(h, params.output, o.xp)
+        return decode(_pma(h, params.pma, o, query_residual, mask), params, o, query_residual)
 
     return evaluate(call, body, params)
 
@@ -217,7 +214,19 @@ def _isab(x: Array, p: ISAB, o: Options, query_residual: bool, mask: Array | Non
 
 
 def _pma(x: Array, p: PMA, o: Options, query_residual: bool, mask: Array | None) -> Array:
-    y = Context(x, mask)
-    if isinstance(ff := p.ff, FeedForward):
-        y = y._replace(prepare=lambda elements: feed_forward(elements, ff, o))
-    return apply_mab(p.seeds, y, p.mab, o, query_residual)
+    return apply_mab(p.seeds, pma_context(Context(x, mask), p, o), p.mab, o, query_residual)
+
+
+def pma_context(y: Context, p: PMA, o: Options) -> Context:
+    """Put the row-wise network, if there is one, before all else that is done to the elements, or behind its own."""
+    if not isinstance(ff := p.ff, FeedForward):
+        return y
+    first = y.prepare
+    return y._replace(prepare=lambda x: feed_forward(x if first is None else first(x), ff, o))
+
+
+def decode(h: Array, p: SetTransformer, o: Options, query_residual: bool) -> Array:
+    """Compute what follows the pooling."""
+    for block in p.decoder:
+        h = apply_sab(h, block, o, query_residual)
+    return linear(h, p.output, o.xp)

@@ -18,6 +18,7 @@ from numpydoc.docscrape import NumpyDocString
 from numpydoc.validate import validate
 
 import setattn
+from setattn import streaming
 from setattn.checkpoints._registry import FAMILIES
 
 ROOT = Path(setattn.__file__).parent
@@ -26,6 +27,7 @@ LIBRARY = {name: path for name, path in SOURCES.items() if not name.startswith((
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in LIBRARY.items()}
 
 PUBLIC = {name: getattr(setattn, name) for name in setattn.__all__}
+API = (ROOT.parent / "docs" / "api.md").read_text(encoding="utf-8") if (ROOT.parent / "docs").is_dir() else ""
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 BLOCKS = {name: f for name, f in FUNCTIONS.items() if "params" in inspect.signature(f).parameters} | {
     name: getattr(setattn, name) for name in ("fourier_features", "sincos_features")
@@ -75,6 +77,17 @@ def test_documented(name):
     assert not [error for error in validate(f"setattn.{name}")["errors"] if error[0] not in ignored]
 
 
+@pytest.mark.parametrize("name", [n for n in streaming.__all__ if inspect.isfunction(getattr(streaming, n))])
+def test_streams_are_documented(name):
+    function = getattr(streaming, name)
+    doc = NumpyDocString(inspect.getdoc(function))
+    for section in ("Summary", "Parameters", "Returns", "Raises", "Examples"):
+        assert doc[section], f"{name} lacks {section}"
+    documented = [part.lstrip("*") for p in doc["Parameters"] for part in p.name.split(", ")]
+    assert sorted(documented) == sorted(inspect.signature(function).parameters)
+    assert not API or f"autofunction:: {name}\n" in API or f"autofunction:: setattn.streaming.{name}\n" in API
+
+
 @pytest.mark.parametrize("name", [name for name, f in PUBLIC.items() if inspect.isclass(f)])
 def test_classes_are_documented(name):
     doc = inspect.getdoc(PUBLIC[name])
@@ -117,9 +130,9 @@ def test_import_brings_no_backend_but_numpy():
     code = """
         import sys, setattn
         optional = {"torch", "jax", "cupy", "dask", "scipy", "safetensors", "matplotlib", "tqdm", "array_api_strict"}
-        print(sorted(optional & {name.split(".")[0] for name in sys.modules}))
+        print(sorted(optional & {name.split(".")[0] for name in sys.modules}), "setattn.streaming" in sys.modules)
     """
-    assert run(code) == "[]"
+    assert run(code) == "[] False"
 
 
 def test_import_takes_at_most_1_3_times_that_of_numpy(tmp_path):
@@ -200,7 +213,7 @@ def is_init(name: str) -> bool:
 
 def is_of_files(name: str) -> bool:
     """Files are read to NumPy, and their layouts are those of frameworks."""
-    return name.startswith("checkpoints/")
+    return name.startswith("checkpoints/") or name == "streaming/_files.py"
 
 
 def test_arrays_are_created_with_dtype_and_device():
@@ -314,6 +327,12 @@ LAYERS = [
     {"checkpoints/_load", "checkpoints/_inspect"},
     {"checkpoints/_public"},
     {"__init__"},
+    {"streaming/_passes", "streaming/_same", "streaming/_files"},
+    {"streaming/_work"},
+    {"streaming/_stream", "streaming/_sources"},
+    {"streaming/_functions", "streaming/_save"},
+    {"streaming/_fold"},
+    {"streaming/__init__"},
 ]
 
 

@@ -153,9 +153,9 @@ class Tracked:
 class ErrorAnalysis(oracle.Oracle):
     """The oracle's blocks over `Tracked` arrays: float64 values, and the error of a program in arithmetic of unit u."""
 
-    def __init__(self, u, tiny, activation=None, eps=None, scale=None):
+    def __init__(self, u, tiny, activation=None, eps=None, scale=None, merges=0):
         super().__init__(oracle.FSUM, activation, eps, scale)
-        self.u, self.tiny = u, tiny / u
+        self.u, self.tiny, self.merges = u, tiny / u, merges
         self.random = np.random.default_rng(0)
 
     def signs(self, shape):
@@ -306,7 +306,8 @@ class ErrorAnalysis(oracle.Oracle):
         for i in range(q.shape[0]):
             seen = visible[i]
             if seen.any():
-                out[i] = self.attend_row(q[i], k[seen], v[seen], None if bias is None else bias.v[seen], merges)
+                seen_bias = None if bias is None else bias.v[seen]
+                out[i] = self.attend_row(q[i], k[seen], v[seen], seen_bias, merges + self.merges)
         return out
 
     def attend_row(self, q, k, v, bias, merges):
@@ -391,7 +392,7 @@ class ErrorAnalysis(oracle.Oracle):
         return Tracked(values, h, t)
 
 
-def bounds(name, *arrays, params=(), dtype, activation=None, eps=None, scale=None, **options):
+def bounds(name, *arrays, params=(), dtype, activation=None, eps=None, scale=None, merges=0, **options):
     """Give the values in float64 and the sharp and hard bounds of a block, element by element, in absolute units.
 
     Parameters
@@ -400,6 +401,9 @@ def bounds(name, *arrays, params=(), dtype, activation=None, eps=None, scale=Non
         As `oracle.evaluate` takes them.
     dtype : dtype or str
         The type of the result, from any backend.
+    merges : int
+        How many merges of states an element passes through in every attention: of C parts of a set, merged as a
+        balanced tree, ceil(log2(C)).
 
     Returns
     -------
@@ -407,7 +411,7 @@ def bounds(name, *arrays, params=(), dtype, activation=None, eps=None, scale=Non
         The value is only good to float64: `reference` takes the oracle's.
     """
     u, tiny = _U[dtype_name(dtype)], _TINY[dtype_name(dtype)]
-    engine = ErrorAnalysis(u, tiny, activation, eps, scale)
+    engine = ErrorAnalysis(u, tiny, activation, eps, scale, merges)
     with np.errstate(all="ignore"):
         batch, results = oracle.run(engine, name, arrays, params, **options)
         parts = [[getattr(result, k) for result in results] for k in ("v", "sigma", "h")]
@@ -425,7 +429,7 @@ def bounds(name, *arrays, params=(), dtype, activation=None, eps=None, scale=Non
     return value, sharp, hard
 
 
-def reference(name, *arrays, params=(), dtype, exact=None, hard=False, **options):
+def reference(name, *arrays, params=(), dtype, exact=None, hard=False, merges=0, **options):
     """Give the oracle's value of a block and its bound, element by element, in absolute units.
 
     Parameters
@@ -438,12 +442,14 @@ def reference(name, *arrays, params=(), dtype, exact=None, hard=False, **options
         Whether the reference calculates with 50 digits. Without it, it does for float64, which float64 cannot judge.
     hard : bool
         Whether to give the worst-case bound in place of the sharp one.
+    merges : int
+        As for `bounds`.
 
     Returns
     -------
     value, bound : numpy.ndarray
     """
-    value, sharp, worst = bounds(name, *arrays, params=params, dtype=dtype, **options)
+    value, sharp, worst = bounds(name, *arrays, params=params, dtype=dtype, merges=merges, **options)
     exact = dtype_name(dtype) == "float64" if exact is None else exact
     value = oracle.evaluate(name, *arrays, params=params, exact=exact, **options)
     return value, worst if hard else sharp

@@ -55,7 +55,7 @@ def save_block(path: str | os.PathLike[str], block: Block) -> None:
         if not isinstance(value, bool | int | float | str | None):
             raise OptionError("save", f"block.options[{name!r}]", repr(value), "a number, a word, True, False or None")
     arrays: dict[str, Array] = {}
-    form = _form(block.params, "", arrays)
+    form = form_of(block.params, "", arrays)
     about = {"version": _VERSION, "function": block.function, "layout": block.layout, "options": block.options}
     try:
         write_safetensors(Path(path), arrays, {_KEY: json.dumps(about | {"params": form})})
@@ -64,7 +64,7 @@ def save_block(path: str | os.PathLike[str], block: Block) -> None:
         raise CheckpointError("save", "path", repr(str(path)), wanted) from error
 
 
-def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
+def form_of(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
     """Describe a tree: ``"array 0 1"``, ``None`` for an absent part, a list, or the name of a node with its parts.
 
     The numbers say where each axis of an array is found in its tensor.
@@ -81,10 +81,10 @@ def _form(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
         arrays[path] = xp.permute_dims(tree, order)
         return " ".join(["array", *(str(order.index(axis)) for axis in range(len(order)))])
     if not hasattr(tree, "_fields"):
-        return [_form(part, _join(path, str(i)), arrays) for i, part in enumerate(tree)]
+        return [form_of(part, _join(path, str(i)), arrays) for i, part in enumerate(tree)]
     node: Any = tree
     fields, optional = zip(node._fields, node, strict=True), node._field_defaults
-    parts = {name: _form(part, _join(path, name), arrays) for name, part in fields}
+    parts = {name: form_of(part, _join(path, name), arrays) for name, part in fields}
     # A part that a node is always given is written down where it is absent, too.
     return {type(tree).__name__: {k: part for k, part in parts.items() if part is not None or k not in optional}}
 
@@ -122,7 +122,7 @@ def load_canonical(source: Source, read: Callable[[str], Array], prefix: str, op
         if function not in _FUNCTIONS or not plain or not isinstance(layout, str):
             raise broken("a function of the library with plain options in its metadata")
         names = set(source.shapes)
-        params = _tree(form, "", names, read)
+        params = tree_of(form, "", names, read)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -133,7 +133,7 @@ def load_canonical(source: Source, read: Callable[[str], Array], prefix: str, op
     return Block(function, params, given, layout)
 
 
-def _tree(form: Any, path: str, names: set[str], read: Callable[[str], Array]) -> Any:
+def tree_of(form: Any, path: str, names: set[str], read: Callable[[str], Array]) -> Any:
     """Make the tree that a form describes."""
     if form is None:
         return ()
@@ -149,9 +149,9 @@ def _tree(form: Any, path: str, names: set[str], read: Callable[[str], Array]) -
         xp: Any = namespace_of(a)
         return xp.permute_dims(a, tuple(order))
     if isinstance(form, list):
-        return tuple(_tree(part, _join(path, str(i)), names, read) for i, part in enumerate(form))
+        return tuple(tree_of(part, _join(path, str(i)), names, read) for i, part in enumerate(form))
     (kind, parts), *more = form.items()
     if more or kind not in _NODES or not set(parts) <= set(_NODES[kind]._fields):
         raise ValueError(f"an unknown node {kind!r}")
-    fields = {name: _tree(parts.get(name), _join(path, name), names, read) for name in _NODES[kind]._fields}
+    fields = {name: tree_of(parts.get(name), _join(path, name), names, read) for name in _NODES[kind]._fields}
     return _NODES[kind](**fields)
