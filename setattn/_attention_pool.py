@@ -8,7 +8,8 @@ from setattn._attend import attend
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
-from setattn._layers import linear, norm, options, residual_feed_forward
+from setattn._dask import over_chunks
+from setattn._layers import Options, linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool
 from setattn._typing import Array
 
@@ -77,15 +78,19 @@ def attention_pool(
     >>> setattn.attention_pool(np.ones((4, 5, 8), np.float32), params).shape
     (4, 1, 8)
     """
-    call = begin("attention_pool", "x", x)
+    call = begin("attention_pool", "x", x, by_chunks=True)
     structure.attention_pool(call, "params", params, check.data(call, "x", x))
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        y = Context(x, mask, norm=p.context_norm)
-        h = attend(p.probe, [y], p.attention, o, p.query_norm)
-        h = residual_feed_forward(h, p, o)
-        return linear(norm(h, p.output_norm, o), p.output, o.xp)
+        return _pool(Context(p.probe), Context(x, mask), p._replace(probe=()), o)
 
     return evaluate(call, body, params)
+
+
+@over_chunks
+def _pool(probe: Context, y: Context, p: AttentionPool, o: Options) -> Array:
+    h = attend(probe.elements, [y._replace(norm=p.context_norm)], p.attention, o, p.query_norm)
+    h = residual_feed_forward(h, p, o)
+    return linear(norm(h, p.output_norm, o), p.output, o.xp)

@@ -25,6 +25,7 @@ class Context(NamedTuple):
     norm: AnyNorm = ()
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
     embedding: InputEmbedding | Absent = ()  # whose tables have n rows
+    length: Array | None = None  # (...), how many elements take part, where these are some of them
 
     def part(self, elements: slice) -> Context:
         """Take some of the elements."""
@@ -54,6 +55,7 @@ class Context(NamedTuple):
             pair_mask=queries.of(self.pair_mask),
             bias=queries.of(self.bias),
             poisoned=queries.of(self.poisoned),
+            length=queries.of(self.length),
         )
 
 
@@ -62,9 +64,12 @@ def log_length(query: Array, contexts: Sequence[Context], xp: Namespace) -> Arra
 
     There is one for each query only where a ``pair_mask`` tells queries apart. A bias does not count.
     """
-    n: Array = sum(c.elements.shape[-2] for c in contexts if c.mask is None and c.pair_mask is None)
+    whole = [c for c in contexts if c.mask is None and c.pair_mask is None and c.length is None]
+    n: Array = sum(c.elements.shape[-2] for c in whole)
     for c in contexts:
-        if c.pair_mask is not None:
+        if c.length is not None:
+            n = n + c.length[..., None]
+        elif c.pair_mask is not None:
             n = n + count(c.pair_mask if c.mask is None else xp.logical_and(c.pair_mask, c.mask[..., None, :]), xp)
         elif c.mask is not None:
             n = n + count(c.mask, xp)[..., None]

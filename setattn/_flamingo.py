@@ -8,7 +8,18 @@ from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
-from setattn._layers import Options, enter, linear, norm, normed_feed_forward, options, residual_feed_forward, select
+from setattn._dask import of_sets, outright, over_chunks
+from setattn._layers import (
+    Options,
+    affine,
+    enter,
+    linear,
+    norm,
+    normed_feed_forward,
+    options,
+    residual_feed_forward,
+    select,
+)
 from setattn._namespace import creation_device, cumulative_count
 from setattn._params import CrossAttention, FeedForward, GatedCrossAttention, Resampler, is_absent
 from setattn._typing import Array, Namespace
@@ -84,16 +95,16 @@ def perceiver_resampler(
     >>> setattn.perceiver_resampler(np.ones((2, 4, 5, 8), np.float32), params).shape
     (2, 3, 8)
     """
-    call = begin("perceiver_resampler", "features", features)
+    call = begin("perceiver_resampler", "features", features, by_chunks=True)
     structure.perceiver_resampler(call, "params", params, features)
     check.mask(call, "mask", mask, features.shape[:-1], "one entry for each feature")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Resampler) -> Array:
-        y, z = _flatten(features, mask, p, o), p.latents
+        y, z = _flatten(features, mask, *outright(p._replace(layers=()), features, o)), p.latents
         for layer in p.layers:
-            z = _resample(z, y, layer, o)
-        return norm(linear(z, p.output, o.xp), p.output_norm, o)
+            z = _resample(Context(z), y, layer, o)
+        return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
 
     return evaluate(call, body, params)
 
@@ -201,8 +212,10 @@ def gated_cross_attention(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
+@over_chunks
+def _resample(latents: Context, y: Context, p: CrossAttention, o: Options) -> Array:
     """Let latents attend to features and to themselves."""
+    z = latents.elements
     contexts = [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
     return residual_feed_forward(z + attend(z, contexts, p.attention, o, p.query_norm), p, o)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from setattn._call import Call
-from setattn._check import Width, data, floating, is_integer, tokens
+from setattn._check import Width, data, floating, is_integer, known, tokens
 from setattn._errors import NamespaceError, OptionError, ParameterError, ShapeError
 from setattn._namespace import name_of
 from setattn._params import (
@@ -314,6 +314,7 @@ def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
         _weight(call, at, table, "rows", "dim")
         if name == "position":
             _meet(call, y, at, table, "rows", y.size, axis=1)
+        known(call, "inputs", x, n)  # or it were not known which rows belong to a chunk
         if n > table.shape[0]:
             wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {at}"
             raise ShapeError(call.function, "inputs", tuple(x.shape), wanted, "shape")
@@ -394,6 +395,7 @@ def perceiver_resampler(call: Call, path: str, p: Any, features: Any) -> None:
         at = f"{path}.{name}_embedding"
         _weight(call, at, embedding, "rows", "dim")
         _meet(call, x, at, embedding, "rows", x.size, axis=1)
+        known(call, "features", features, *features.shape)
         size = features.shape[-3] if name == "frame" else features.shape[-2 - len(names)]
         if size > embedding.shape[0]:
             wanted = f"at most {embedding.shape[0]} in place of {size} on its {name} axis, the rows of {at}"
