@@ -11,10 +11,10 @@ from setattn._namespace import (
     block_bytes,
     device_of,
     ignore_underflow,
+    in_one_chunk,
     namespace_of,
     namespace_of_chunks,
     native,
-    put_in_one_chunk,
 )
 from setattn._params import map_params
 from setattn._typing import Array, Namespace
@@ -56,8 +56,9 @@ def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
 
     The parameters are widened here; the data, which may be large, where a block of it is taken.
     """
-    if call.held is not call.chunks:
-        params = map_params(lambda a: put_in_one_chunk(a, call.xp), params)
+    if call.held is not None:
+        lazy = call.chunks is None
+        params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
     with ignore_underflow(call.xp):
         if not is_half(call):
             return body(params)

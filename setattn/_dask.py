@@ -14,7 +14,7 @@ from setattn._attend import state_of
 from setattn._blocks import fold
 from setattn._context import Context
 from setattn._layers import Options
-from setattn._namespace import ignore_underflow, namespace_of, put_in_one_chunk
+from setattn._namespace import ignore_underflow, in_one_chunk, namespace_of
 from setattn._params import Attention, InputEmbedding, LengthScale, is_absent, map_params
 from setattn._state import State, finish, head_counts, merge_states, output, ungroup
 from setattn._typing import Array, Namespace
@@ -60,7 +60,7 @@ def outright(p: Any, x: Array, o: Options) -> tuple[Any, Options]:
     if not o.lazy:
         return p, o
     xp: Namespace = namespace_of(x)
-    return map_params(lambda a: put_in_one_chunk(a, xp), p), o._replace(xp=xp, lazy=False, eager=False)
+    return map_params(lambda a: in_one_chunk(a, xp), p), o._replace(xp=xp, lazy=False, eager=False)
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class _Inputs:
             for name in ("position", "features"):
                 if not is_absent(table := getattr(c.embedding, name)):  # with the chunks of the elements
                     table = _lazy(table).rechunk({0: x.chunks[-2], 1: -1})
-                    tables[name] = self.add(table, rows, f"{rows} {name}")
+                    tables[name] = self.add(table, rows, f"{rows} of {name}")
             others = self.params(c.embedding._replace(position=(), features=()))
             places["embedding"] = others._replace(**tables)
         return c._replace(**places)
@@ -263,7 +263,7 @@ def _state(*arrays: Array, job: _Job, leaves: Sequence[Array]) -> Array:
     job = _at_hand(job, arrays, leaves)
     with ignore_underflow(job.o.xp):
         try:
-            job.function(job.q, job.y, job.p, job.o._replace(attend=_stop), *job.options)
+            job.function(job.q, job.y._replace(length=job.length), job.p, job.o._replace(attend=_stop), *job.options)
         except _Attended as attended:
             return attended.state[..., None, :, :, :]
     raise AssertionError("the function did not attend")

@@ -167,9 +167,9 @@ def namespace_of_chunks(x: Array, xp: Namespace) -> Namespace | None:
     return held if held is not None and name_of(held) in ("numpy", "cupy") else None
 
 
-def put_in_one_chunk(x: Array, xp: Namespace) -> Array:
-    """Make a Dask array of an array in memory, if it is none yet."""
-    return x if namespace_of(x) is xp else xp.from_array(x, chunks=-1, asarray=False)
+def in_one_chunk(x: Array, xp: Namespace) -> Array:
+    """Return a Dask array of one chunk, of such an array or of one in memory."""
+    return x.rechunk(-1) if namespace_of(x) is xp else xp.from_array(x, chunks=-1, asarray=False)
 
 
 def creation_device(x: Array, xp: Namespace) -> Any:
