@@ -151,16 +151,20 @@ def layouts(known: dict[str, Any], records: dict[str, Any]) -> str:
         "makes",
         "options",
         "compared with",
+        "shapes",
         "float64",
         "float32",
         "what the original does otherwise",
     )
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, layout in sorted(known.items()):
-        record = records.get(name, {"originals": ["not compared"], "float64": "", "float32": "", "differences": []})
+        record = records.get(
+            name, {"originals": ["not compared"], "shapes": [], "float64": "", "float32": "", "differences": []}
+        )
         functions = ", ".join(f"[{function}](blocks/{function}.md)" for function in layout.functions)
         options = ", ".join(map(told, layout.options))
         cells = [f"`{name}`", layout.original, functions, options, ", ".join(record["originals"])]
+        cells += [", ".join(record["shapes"])]
         cells += [str(record["float64"]), str(record["float32"]), "; ".join(record["differences"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from setattn._errors import (
     ParameterError,
     ShapeError,
 )
-from setattn._flamingo import gated_cross_attention, perceiver_resampler
+from setattn._flamingo import gated_cross_attention
 from setattn._init import (
     init_attention,
     init_attention_pool,
@@ -50,6 +50,7 @@ from setattn._params import (
     LengthScale,
     Linear,
     MeanHead,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -61,13 +62,12 @@ from setattn._params import (
 )
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention, latent_transformer
-from setattn._positions import fourier_features
+from setattn._positions import fourier_features, sincos_features
+from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, pma, set_transformer
 from setattn.checkpoints._block import Block
-from setattn.checkpoints._canonical import save
 from setattn.checkpoints._layout import Layout
-from setattn.checkpoints._load import load
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._public import layouts, load, save
 
 __version__ = "0.1.0"
 
@@ -91,6 +91,7 @@ __all__ = [
     "Linear",
     "MaskError",
     "MeanHead",
+    "MeanLatents",
     "NamespaceError",
     "OptionError",
     "Order",
@@ -139,4 +140,5 @@ __all__ = [
     "sab",
     "save",
     "set_transformer",
+    "sincos_features",
 ]

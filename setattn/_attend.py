@@ -72,7 +72,9 @@ def _state_of_one(query: Array, context: Context, p: Attention, o: Options, log_
 
 
 def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attention]:
-    """Move the scale and bias of a context's norm into its projections."""
+    """Move the scale and bias of a context's norm into its projections, if nothing comes between them."""
+    if context.key_positions is not None:
+        return context, p
     bare, (key, value) = folded(context.norm, (p.key, p.value), context.elements.shape[-2], o.xp)
     return context._replace(norm=bare), p._replace(key=key, value=value)
 

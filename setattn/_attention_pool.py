@@ -1,4 +1,4 @@
-"""The attention-pooling head of SigLIP, CoCa and MiniCPM-V."""
+"""The attention-pooling head of SigLIP, CoCa, MiniCPM-V and Qwen-VL."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
+from setattn._embedding import rows_for
 from setattn._layers import Options, linear, norm, options, residual_feed_forward
-from setattn._params import AttentionPool
+from setattn._params import AttentionPool, InputEmbedding, is_absent
 from setattn._typing import Array
 
 
@@ -20,6 +21,7 @@ def attention_pool(
     params: AttentionPool,
     *,
     mask: Array | None = None,
+    key_positions: Array | None = None,
     activation: str = "gelu_tanh",
     eps: float = 1e-6,
     scale: float | None = None,
@@ -29,13 +31,15 @@ def attention_pool(
 
     .. math::
 
-        H &= \operatorname{attention}(\operatorname{norm}_q(P), \operatorname{norm}_c(X)) \\
+        Y &= \operatorname{norm}_c(\operatorname{linear}_i(X) + E) \\
+        H &= \operatorname{attention}(\operatorname{norm}_q(P) + E_q, Y) \\
         \operatorname{attention\_pool}(X) &=
-            \operatorname{linear}(\operatorname{norm}_o(H + \operatorname{ff}(\operatorname{norm}_f(H))))
+            \operatorname{linear}_o(\operatorname{norm}_o(H + \operatorname{ff}(\operatorname{norm}_f(H))))
 
-    where every part but the attention may be absent. This is the pooling head of SigLIP (norm f and ff), of CoCa as
-    OpenCLIP has it (norms q and c, no ff) and, without its positions on the keys, of MiniCPM-V (norms q, c and o, no
-    ff, an output layer).
+    where every part but the attention may be absent, and keys come from :math:`Y + E_k` where there are key positions
+    :math:`E_k`. This is the pooling head of SigLIP (norm f and ff), of timm (the same, and :math:`E`), of CoCa as
+    OpenCLIP has it (norms q and c, no ff), of MiniCPM-V (linear i, norms q, c and o, :math:`E_k`, linear o) and of
+    Qwen-VL (linear i, norms q and c, :math:`E_q`, :math:`E_k`).
 
     Parameters
     ----------
@@ -45,6 +49,9 @@ def attention_pool(
         The probe :math:`P`, of shape ``(k, dim)``, and the parts.
     mask : array of bool, shape (..., n), optional
         True where an element takes part. The values of the others are never looked at.
+    key_positions : array, shape (n, dim) or (..., n, dim), optional
+        Added, after the norm, to what the keys come from and not to the values: those of :func:`sincos_features`, say.
+        Those of elements that do not take part are never looked at.
     activation : {"gelu_tanh", "gelu", "relu", "squared_relu", "silu"}
         Activation of the feed-forward network; the default is SigLIP's.
     eps : float, default 1e-6
@@ -57,7 +64,7 @@ def attention_pool(
     Returns
     -------
     array, shape (..., k, dim_out)
-        Does not depend on the order of the elements.
+        Does not depend on the order of the elements, if each takes its positions along.
 
     Raises
     ------
@@ -69,7 +76,8 @@ def attention_pool(
     Cost: :math:`O(n d^2 + n k d)` operations.
 
     X. Zhai et al., *Scaling Vision Transformers*, 2022, section 3.2 (the MAP head); X. Zhai et al., *Sigmoid Loss for
-    Language Image Pre-Training*, 2023.
+    Language Image Pre-Training*, 2023; J. Bai et al., *Qwen-VL: A Versatile Vision-Language Model*, 2023, section 2.1
+    (positions).
 
     Examples
     --------
@@ -79,18 +87,27 @@ def attention_pool(
     (4, 1, 8)
     """
     call = begin("attention_pool", "x", x, by_chunks=True)
-    structure.attention_pool(call, "params", params, check.data(call, "x", x))
+    width = structure.attention_pool(call, "params", params, x)
     check.context_mask(call, mask, x, "x")
+    check.key_positions(call, key_positions, x, width)
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        return _pool(Context(p.probe), Context(x, mask), p._replace(probe=()), o)
+        y = Context(x, mask, key_positions=key_positions)
+        if not (is_absent(p.input) and is_absent(p.position)):
+            embedding = InputEmbedding(project=p.input, position=p.position)
+            y = y._replace(embedding=rows_for(embedding, slice(0, x.shape[-2])))
+        return _pool(Context(p.probe), y, p._replace(probe=(), input=(), position=()), o)
 
     return evaluate(call, body, params)
 
 
 @over_chunks
 def _pool(probe: Context, y: Context, p: AttentionPool, o: Options) -> Array:
-    h = attend(probe.elements, [y._replace(norm=p.context_norm)], p.attention, o, p.query_norm)
+    y = y._replace(norm=p.context_norm)
+    if is_absent(p.probe_position):
+        h = attend(probe.elements, [y], p.attention, o, p.query_norm)
+    else:
+        h = attend(norm(probe.elements, p.query_norm, o) + p.probe_position, [y], p.attention, o)
     h = residual_feed_forward(h, p, o)
     return linear(norm(h, p.output_norm, o), p.output, o.xp)

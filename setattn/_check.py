@@ -145,6 +145,18 @@ def score_bias(call: Call, bias: Any, context: Array) -> None:
         raise ShapeError(call.function, "bias", tuple(bias.shape), f"{shape}, one score for each element", "shape")
 
 
+def key_positions(call: Call, positions: Any, context: Array, width: Width) -> None:
+    """Check what is added to the context elements for their keys alone."""
+    if positions is None:
+        return
+    floating(call, "key_positions", positions)
+    shared = (context.shape[-2], width.size)
+    own = (*context.shape[:-2], *shared)
+    if not any(alike(positions.shape, shape) for shape in (shared, own)):
+        wanted = f"{shared}, one row for each element" + (f", or {own}" if own != shared else "")
+        raise ShapeError(call.function, "key_positions", tuple(positions.shape), wanted, "shape")
+
+
 # --- options --------------------------------------------------------------------------------------------------------
 
 
@@ -189,10 +201,11 @@ def _finite(positive: bool) -> str:
     return f"a finite number {'greater than' if positive else 'of at least'} 0"
 
 
-def integer(function: str, argument: str, value: Any, *, least: int = 1) -> None:
-    """Check an integer; NumPy's are accepted, booleans are not."""
-    if not is_integer(value) or value < least:
-        raise OptionError(function, argument, repr(value), f"an integer of at least {least}")
+def integer(function: str, argument: str, value: Any, *, least: int = 1, multiple: int = 1) -> None:
+    """Check an integer, perhaps a multiple of another; NumPy's are accepted, booleans are not."""
+    if not is_integer(value) or value < least or value % multiple:
+        what = f"a positive multiple of {multiple}" if multiple > 1 else f"an integer of at least {least}"
+        raise OptionError(function, argument, repr(value), what)
 
 
 def plan(call: Call, value: Any) -> Plan:

@@ -26,6 +26,7 @@ class Context(NamedTuple):
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
     embedding: InputEmbedding | Absent = ()  # whose tables have n rows
     length: Array | None = None  # (...), how many elements take part, where these are some of them
+    key_positions: Array | None = None  # (n, dim) or (..., n, dim), added last, to what keys come from alone
 
     def part(self, elements: slice) -> Context:
         """Take some of the elements."""
@@ -35,6 +36,7 @@ class Context(NamedTuple):
             pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
             bias=None if self.bias is None else self.bias[..., elements],
             embedding=rows_for(self.embedding, elements) if isinstance(self.embedding, InputEmbedding) else (),
+            key_positions=None if self.key_positions is None else self.key_positions[..., elements, :],
         )
 
     def block(self, b: Block | None) -> Context:
@@ -49,6 +51,7 @@ class Context(NamedTuple):
             return self._replace(pair_mask=queries.of(self.pair_mask, 1), poisoned=queries.of(self.poisoned))
         if len(self.elements.shape) == 2:
             return self
+        keys = self.key_positions
         return self._replace(
             elements=queries.of(self.elements),
             mask=queries.of(self.mask),
@@ -56,7 +59,12 @@ class Context(NamedTuple):
             bias=queries.of(self.bias),
             poisoned=queries.of(self.poisoned),
             length=queries.of(self.length),
+            key_positions=keys if keys is None or len(keys.shape) == 2 else queries.of(keys),
         )
+
+    def key_elements(self) -> Array:
+        """Return what keys come from."""
+        return self.elements if self.key_positions is None else self.elements + self.key_positions
 
 
 def log_length(query: Array, contexts: Sequence[Context], xp: Namespace) -> Array:
@@ -91,8 +99,9 @@ def ready(context: Context, o: Options) -> Context:
     else:
         elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
+    keys = None if context.key_positions is None else enter(context.key_positions, context.mask, o)
     first, then = context.prepare, context.norm
-    context = context._replace(elements=elements, bias=bias, prepare=None, norm=(), embedding=())
+    context = context._replace(elements=elements, bias=bias, prepare=None, norm=(), embedding=(), key_positions=keys)
     if context.pair_mask is not None:
         context = _hide(context, o.xp)
     if first is not None:

@@ -45,14 +45,19 @@ def of_sets(function: Callable[[Array, Any, Options], Array], x: Array, p: Any, 
         return function(x, p, o)
     if is_absent(p):
         return x
-    x = _lazy(x)
+    x = whole_sets(x, o)
     inputs = _Inputs()
-    job = _Job(function, o._replace(xp=None, lazy=False), (), inputs.context(Context(x.rechunk({-2: -1})), "m"))
+    job = _Job(function, o._replace(xp=None, lazy=False), (), inputs.context(Context(x), "m"))
     job = job._replace(p=inputs.params(p))
     sample = job.sample(inputs, _call_on_array)
     sizes = {"e": sample.shape[-1]} | ({"r": rows} if rows else {})
     axes = (*inputs.batch, "r" if rows else "m", "e")
     return inputs.blockwise(_call_on_array, job, axes, sizes, sample.dtype)
+
+
+def whole_sets(x: Array, o: Options) -> Array:
+    """Put the rows of each set of a lazy array in one chunk; return any other array as it is."""
+    return _lazy(x).rechunk({-2: -1}) if o.lazy else x
 
 
 def outright(p: Any, x: Array, o: Options) -> tuple[Any, Options]:
@@ -115,6 +120,9 @@ class _Inputs:
         for name, axes in (("mask", (rows,)), ("pair_mask", ("m", rows)), ("bias", (rows,))):
             if (array := getattr(c, name)) is not None:
                 places[name] = self.add(array, *batch, *axes)
+        if (keys := c.key_positions) is not None:
+            keys = keys.rechunk({-1: -1})
+            places["key_positions"] = self.add(keys, *batch[: len(keys.shape) - 2], rows, f"{rows} keys")
         if isinstance(c.embedding, InputEmbedding):
             tables: dict[str, Any] = {}
             for name in ("position", "features"):

@@ -1,4 +1,4 @@
-"""What is done to the inputs of a Perceiver first: tokens, a projection, positions, features laid beside them."""
+"""What is done to the inputs of a Perceiver or a pooling head first: tokens, a projection, positions, features."""
 
 from __future__ import annotations
 

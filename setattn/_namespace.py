@@ -350,9 +350,11 @@ def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
     """Look rows up by number, ``(..., n)`` to ``(..., n, dim)``; a number outside the table has a row of NaN."""
     at = _index(numbers, xp)
     inside = xp.logical_and(at >= 0, at < table.shape[0])
-    at = xp.reshape(xp.where(inside, at, 0), (-1,))
+    at = xp.reshape(xp.where(inside, at, 0), (math.prod(numbers.shape),))
     rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
-    return xp.where(inside[..., None], xp.reshape(rows, (*numbers.shape, table.shape[1])), math.nan)
+    rows = xp.where(inside[..., None], xp.reshape(rows, (*numbers.shape, table.shape[1])), math.nan)
+    # On Dask, in the chunks of the numbers: what follows is then rounded as it is for elements that came as they are.
+    return rows.rechunk((*numbers.chunks, -1)) if name_of(xp) == "dask" else rows
 
 
 def _index(numbers: Array, xp: Namespace) -> Array:
@@ -369,7 +371,9 @@ def count(mask: Array, xp: Namespace) -> Array:
     name = name_of(xp)
     if name == "torch":
         return mask.sum(-1)
-    return np.count_nonzero(mask, axis=-1) if name == "numpy" else xp.sum(xp.astype(mask, xp.int32), axis=-1)
+    if name == "numpy":
+        return np.count_nonzero(mask, axis=-1)
+    return xp.sum(xp.astype(mask, xp.int32), axis=-1, dtype=xp.int32)
 
 
 def cumulative_count(mask: Array, xp: Namespace) -> Array:

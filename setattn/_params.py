@@ -22,8 +22,8 @@ class Linear(NamedTuple):
 
     Either side of ``weight`` may be split into heads: a projection of queries, keys or values has a weight of shape
     ``(dim_in, heads, head_dim)`` and a bias of shape ``(heads, head_dim)``; the output projection of an attention has
-    a weight of shape ``(heads, head_dim, dim_out)`` and a bias of shape ``(dim_out,)``; every other one is
-    ``(dim_in, dim_out)`` and ``(dim_out,)``.
+    a weight of shape ``(heads, head_dim, dim_out)`` and a bias of shape ``(dim_out,)``; that of :class:`MeanLatents`
+    has ``(dim, p, dim)`` and ``(p, dim)``; every other one is ``(dim_in, dim_out)`` and ``(dim_out,)``.
     """
 
     weight: Array
@@ -132,7 +132,9 @@ class SetTransformer(NamedTuple):
 class AttentionPool(NamedTuple):
     """An attention-pooling head.
 
-    ``h = attention(query_norm(probe), context_norm(x))``, then ``output(output_norm(h + ff(ff_norm(h))))``.
+    With ``y = context_norm(input(x) + position)``: ``h = attention(query_norm(probe) + probe_position, y)``, then
+    ``output(output_norm(h + ff(ff_norm(h))))``. Element ``i`` gets row ``i`` of ``position``, which may have more rows
+    than there are elements. Every part but ``probe`` and ``attention`` may be absent.
     """
 
     probe: Array
@@ -143,6 +145,9 @@ class AttentionPool(NamedTuple):
     ff_norm: LayerNorm | RMSNorm | Absent = ()
     output_norm: LayerNorm | RMSNorm | Absent = ()
     output: Linear | Absent = ()
+    input: Linear | Absent = ()
+    position: Array = ()
+    probe_position: Array = ()
 
 
 class CrossAttention(NamedTuple):
@@ -217,21 +222,32 @@ class PerceiverIO(NamedTuple):
     queries: Array = ()
 
 
+class MeanLatents(NamedTuple):
+    """Latents made of the mean of the elements: ``project(norm(mean))``, ``project`` of shape ``(dim, p, dim)``."""
+
+    project: Linear
+    norm: LayerNorm | RMSNorm | Absent = ()
+
+
 class Resampler(NamedTuple):
     """The Perceiver resampler of Flamingo and its relatives.
 
     The embeddings that are present say which axes the features have: none ``(..., n, dim)``; ``frame_embedding``
     ``(..., frames, n, dim)``, all frames resampled together; ``media_embedding`` ``(..., media, n, dim)``, each medium
-    resampled on its own; both ``(..., media, frames, n, dim)``.
+    resampled on its own; both ``(..., media, frames, n, dim)``. Row ``i`` of ``position``, of shape ``(rows, dim_in)``,
+    is added to element ``i`` of each frame before the ``input`` layer. The latents that ``mean_latents`` makes stand
+    before the learned ones.
     """
 
     latents: Array
     layers: tuple[CrossAttention, ...]
     frame_embedding: Array = ()
     media_embedding: Array = ()
-    input: Linear | Absent = ()
+    input: Linear | FeedForward | Absent = ()
     output: Linear | Absent = ()
     output_norm: LayerNorm | RMSNorm | Absent = ()
+    position: Array = ()
+    mean_latents: MeanLatents | Absent = ()
 
 
 class GatedCrossAttention(NamedTuple):

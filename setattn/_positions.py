@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from setattn import _check as check
 from setattn._call import begin, evaluate, is_half, widen
+from setattn._namespace import creation_device
 from setattn._typing import Absent, Array
 
 
@@ -93,3 +94,67 @@ def fourier_features(
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
+
+
+def sincos_features(positions: Array, /, *, dim: int, temperature: float = 10000.0) -> Array:
+    r"""Encode positions by sines and cosines of geometrically spaced frequencies.
+
+    For each axis, with :math:`K = \text{dim} / (2 \cdot \text{axes})` frequencies
+    :math:`f_k = \text{temperature}^{-k/K}`, first all sines, then all cosines,
+
+    .. math:: \sin(f_k p), \quad \cos(f_k p), \qquad k = 0, \dots, K - 1
+
+    Parameters
+    ----------
+    positions : array, shape (..., axes)
+        Positions, usually whole numbers from 0 on each axis. For the tables of image models the first is the column and
+        the second the row.
+    dim : int
+        Number of features, a multiple of ``2 * axes``.
+    temperature : float, default 10000.0
+        Inverse of what the frequencies, which start from 1, go down to.
+
+    Returns
+    -------
+    array, shape (..., dim)
+        Namespace, device and dtype of the input.
+
+    Raises
+    ------
+    ShapeError, DTypeError, NamespaceError, OptionError
+        Before any arithmetic, if the arguments do not fit together.
+
+    Notes
+    -----
+    Cost: one sine or cosine for each feature.
+
+    A. Vaswani et al., *Attention Is All You Need*, 2017, section 3.5 (one axis, sines and cosines in turn); K. He et
+    al., *Masked Autoencoders Are Scalable Vision Learners*, 2021, appendix A.1 (images).
+
+    Examples
+    --------
+    >>> import numpy as np, setattn
+    >>> positions = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
+    >>> setattn.sincos_features(positions, dim=4).round(2)
+    array([[ 0.  ,  1.  ,  0.  ,  1.  ],
+           [ 0.84,  0.54,  0.  ,  1.  ],
+           [ 0.84,  0.54,  0.91, -0.42]])
+    """
+    call = begin("sincos_features", "positions", positions)
+    axes = check.data(call, "positions", positions, "axes", ndim=1).size
+    check.integer(call.function, "dim", dim, multiple=2 * axes)
+    temperature = check.number(call, "temperature", temperature, positive=True)
+
+    def body(_: Absent) -> Array:
+        xp, count = call.xp, dim // (2 * axes)
+        x = widen(positions, xp) if is_half(call) else positions
+        frequencies = xp.asarray(
+            [1.0 / temperature ** (k / count) for k in range(count)], dtype=x.dtype, device=creation_device(x, xp)
+        )
+        parts = []
+        for axis in range(axes):
+            angle = x[..., axis : axis + 1] * frequencies
+            parts += [xp.sin(angle), xp.cos(angle)]
+        return xp.concat(parts, axis=-1)
+
+    return evaluate(call, body, ())

@@ -166,9 +166,9 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
     if q.order.scores == "carry_queries":  # the queries of all heads by one product
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
-        s = _split_heads(matmul(carried, xp.matrix_transpose(context.elements), xp), kv_heads, xp)
+        s = _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp)
         return (s if q.shift is None else into("add", s, q.shift, xp)), True
-    k = _heads_first(norm(_project(context.elements, p.key, xp), p.key_norm, o), xp)
+    k = _heads_first(norm(_project(context.key_elements(), p.key, xp), p.key_norm, o), xp)
     k = k if q.scale == 1.0 else k * q.scale
     if q.order.scores == "project":
         if o.eager and q.array.shape[-2] > k.shape[-2]:

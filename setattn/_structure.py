@@ -26,6 +26,7 @@ from setattn._params import (
     LengthScale,
     Linear,
     MeanHead,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -34,6 +35,7 @@ from setattn._params import (
     SetTransformer,
     is_absent,
 )
+from setattn._typing import Array
 
 _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
@@ -198,6 +200,14 @@ def _learned(call: Call, path: str, a: Any, axes: str) -> Width:
     return Width(a.shape[-1], path)
 
 
+def _rows(call: Call, path: str, table: Array, argument: str, x: Array, n: int) -> None:
+    """Check that a table has a row for each of the elements of an argument."""
+    known(call, argument, x, n)  # or it were not known which rows belong to a chunk
+    if n > table.shape[0]:
+        wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {path}"
+        raise ShapeError(call.function, argument, tuple(x.shape), wanted, "shape")
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,16 +262,24 @@ def set_transformer(call: Call, path: str, p: Any, x: Width, *, query_residual: 
     _optional_linear(call, f"{path}.output", p.output, x)
 
 
-def attention_pool(call: Call, path: str, p: Any, x: Width) -> None:
-    """Check an attention-pooling head."""
+def attention_pool(call: Call, path: str, p: Any, x: Array) -> Width:
+    """Check an attention-pooling head and its set, and return the width of what is attended to."""
     _node(call, path, p, AttentionPool)
+    y = _optional_linear(call, f"{path}.input", p.input, data(call, "x", x))
+    if not is_absent(p.position):
+        _weight(call, f"{path}.position", p.position, "rows", "dim")
+        _meet(call, y, f"{path}.position", p.position, "rows", y.size, axis=1)
+        _rows(call, f"{path}.position", p.position, "x", x, x.shape[-2])
     probe = _learned(call, f"{path}.probe", p.probe, "k")
+    if not is_absent(p.probe_position):
+        _weight(call, f"{path}.probe_position", p.probe_position, *p.probe.shape, to_match=f"{path}.probe")
     _norm(call, f"{path}.query_norm", p.query_norm, probe)
-    _norm(call, f"{path}.context_norm", p.context_norm, x)
-    h = attention(call, f"{path}.attention", p.attention, probe, x)
+    _norm(call, f"{path}.context_norm", p.context_norm, y)
+    h = attention(call, f"{path}.attention", p.attention, probe, y)
     _residual_feed_forward(call, path, p.ff, p.ff_norm, h)
     _norm(call, f"{path}.output_norm", p.output_norm, h)
     _optional_linear(call, f"{path}.output", p.output, h)
+    return y
 
 
 def cross_attention(call: Call, path: str, p: Any, q: Width, y: Width, *, query_residual: bool = True) -> Width:
@@ -314,10 +332,7 @@ def _inputs(call: Call, path: str, p: Any, x: Any) -> Width:
         _weight(call, at, table, "rows", "dim")
         if name == "position":
             _meet(call, y, at, table, "rows", y.size, axis=1)
-        known(call, "inputs", x, n)  # or it were not known which rows belong to a chunk
-        if n > table.shape[0]:
-            wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {at}"
-            raise ShapeError(call.function, "inputs", tuple(x.shape), wanted, "shape")
+        _rows(call, at, table, "inputs", x, n)
     if not is_absent(p.features):
         features = Width(p.features.shape[1], f"{path}.features")
         features = _optional_linear(call, f"{path}.features_project", p.features_project, features)
@@ -388,24 +403,40 @@ def perceiver_resampler(call: Call, path: str, p: Any, features: Any) -> None:
     _node(call, path, p, Resampler)
     names = [n for n, e in (("media", p.media_embedding), ("frames", p.frame_embedding)) if not is_absent(e)]
     x = data(call, "features", features, ", ".join([*names, "n", "dim"]), len(names) + 2)
-    x = _optional_linear(call, f"{path}.input", p.input, x)
-    for name, embedding in (("media", p.media_embedding), ("frame", p.frame_embedding)):
-        if is_absent(embedding):
-            continue
-        at = f"{path}.{name}_embedding"
-        _weight(call, at, embedding, "rows", "dim")
-        _meet(call, x, at, embedding, "rows", x.size, axis=1)
-        known(call, "features", features, *features.shape)
-        size = features.shape[-3] if name == "frame" else features.shape[-2 - len(names)]
-        if size > embedding.shape[0]:
-            wanted = f"at most {embedding.shape[0]} in place of {size} on its {name} axis, the rows of {at}"
-            raise ShapeError(call.function, "features", tuple(features.shape), wanted, "shape")
+    _table(call, f"{path}.position", p.position, x, features, "n", -2)
+    x = _resampler_input(call, f"{path}.input", p.input, x)
+    _table(call, f"{path}.media_embedding", p.media_embedding, x, features, "media", -2 - len(names))
+    _table(call, f"{path}.frame_embedding", p.frame_embedding, x, features, "frame", -3)
     z = _learned(call, f"{path}.latents", p.latents, "m")
     _meet(call, x, f"{path}.latents", p.latents, "m", x.size, axis=1)
+    if not is_absent(p.mean_latents):
+        at = f"{path}.mean_latents"
+        _node(call, at, p.mean_latents, MeanLatents)
+        _norm(call, f"{at}.norm", p.mean_latents.norm, x)
+        _linear(call, f"{at}.project", p.mean_latents.project, x, "p", z.size, to_match=f"{path}.latents")
     _nodes(call, f"{path}.layers", p.layers, "setattn.CrossAttention", at_least=1)
     for i, layer in enumerate(p.layers):
         cross_attention(call, f"{path}.layers[{i}]", layer, z, x)
     _norm(call, f"{path}.output_norm", p.output_norm, _optional_linear(call, f"{path}.output", p.output, z))
+
+
+def _resampler_input(call: Call, path: str, p: Any, x: Width) -> Width:
+    if not is_absent(p):
+        _node(call, path, p, Linear, FeedForward)
+    return _feed_forward(call, path, p, x) if isinstance(p, FeedForward) else _optional_linear(call, path, p, x)
+
+
+def _table(call: Call, path: str, p: Any, x: Width, features: Any, name: str, axis: int) -> None:
+    """Check a table with a row for each place on an axis of the features."""
+    if is_absent(p):
+        return
+    _weight(call, path, p, "rows", "dim")
+    _meet(call, x, path, p, "rows", x.size, axis=1)
+    known(call, "features", features, *features.shape)
+    size, rows = features.shape[axis], p.shape[0]
+    if size > rows:
+        wanted = f"at most {rows} in place of {size} on its {name} axis, the rows of {path}"
+        raise ShapeError(call.function, "features", tuple(features.shape), wanted, "shape")
 
 
 def gated_cross_attention(call: Call, path: str, p: Any, x: Width, media: Width) -> None:

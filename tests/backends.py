@@ -102,8 +102,8 @@ class Backend:
             a.flags.writeable = not self.readonly
             return a
         if self.module == "dask.array":
-            # Two chunks on every axis but features; the last axis of a mask is the set.
-            split = a.shape if a.dtype == np.bool_ else a.shape[:-1]
+            # Two chunks on every axis but features; the last axis of a mask, and of tokens, is the set.
+            split = a.shape[:-1] if a.dtype.kind == "f" else a.shape
             return self.xp.from_array(a, chunks=(*(max(1, (n + 1) // 2) for n in split), *a.shape[len(split) :]))
         if self.module == "array_api_strict":
             return self.xp.asarray(a, device=self._target())

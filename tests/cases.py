@@ -95,8 +95,9 @@ class Case:
             "pair_mask": {-1: None if self.masks_media and not before else elements, -2: queries},
             "query_mask": {-1: queries},
             "media_locations": {-1: queries},
+            "key_positions": {-2: elements},
         }
-        masks = {key: cut(m, of_masks[key], True) for key, m in self.masks.items()}
+        masks = {key: cut(m, of_masks[key], key != "key_positions" or m.ndim > 2) for key, m in self.masks.items()}
         return replace(self, arrays=tuple(arrays), masks=masks)
 
     def takes_part(self) -> np.ndarray:
@@ -122,13 +123,15 @@ class Case:
         return placed if sees is None else placed & sees
 
     def with_garbage(self, values: tuple[float, ...]) -> Case:
-        """Fill the elements that take part in nothing with garbage, in turn, and the masked queries and biases."""
+        """Fill what takes part in nothing with garbage: elements, their biases and positions, masked queries."""
         arrays, masks, part = list(self.arrays), dict(self.masks), self.takes_part()
         arrays[self.elements] = _fill(arrays[self.elements], part, values)
         if "query_mask" in masks and arrays[0].ndim > 2:
             arrays[0] = _fill(arrays[0], masks["query_mask"], values)
         if "bias" in masks:
             masks["bias"] = _fill(masks["bias"][..., None], part, values)[..., 0]
+        if "key_positions" in masks and masks["key_positions"].ndim > 2:
+            masks["key_positions"] = _fill(masks["key_positions"], part, values)
         return replace(self, arrays=tuple(arrays), masks=masks)
 
     def on(self, backend: Any, dtype: str, **changed: Any) -> Any:
@@ -173,6 +176,10 @@ def _coca(rng: np.random.Generator) -> setattn.AttentionPool:
     return params._replace(ff=(), ff_norm=(), query_norm=norm, context_norm=norm)
 
 
+def _resampling_pool(rng: np.random.Generator) -> setattn.AttentionPool:
+    return _coca(rng)._replace(input=setattn.init_linear(DIM_Y, DIM, rng=rng))
+
+
 def _idefics2(rng: np.random.Generator) -> setattn.Resampler:
     params = setattn.init_perceiver_resampler(DIM, num_heads=HEADS, num_latents=5, num_layers=2, rng=rng)
     attention = setattn.init_attention(DIM, num_heads=HEADS, num_kv_heads=2, bias=False, head_norm="rms", rng=rng)
@@ -191,6 +198,11 @@ def _ip_adapter(rng: np.random.Generator) -> setattn.Resampler:
         output=setattn.init_linear(DIM, 8, rng=rng),
         output_norm=LayerNorm(np.ones(8), np.zeros(8)),
     )
+
+
+def _mean_latents(dim: int, count: int, rng: np.random.Generator) -> setattn.MeanLatents:
+    weight = rng.normal(size=(dim, count, dim)) / math.sqrt(dim)
+    return setattn.MeanLatents(setattn.Linear(weight, np.zeros((count, dim))), LayerNorm(np.ones(dim), np.zeros(dim)))
 
 
 def _geglu(params: setattn.CrossAttention, rng: np.random.Generator) -> setattn.CrossAttention:
@@ -417,6 +429,36 @@ def _(rng: np.random.Generator) -> Case:
     return Case("attention_pool", (_set(rng),), perturb(params, rng), {"mask": _mask(rng, BATCH, N)})
 
 
+@_case("attention_pool-table")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_attention_pool(DIM, num_heads=HEADS, num_probes=5, hidden=9, rng=rng)
+    attention = setattn.init_attention(DIM, num_heads=HEADS, head_norm="layer", rng=rng)._replace(query=())
+    params = params._replace(attention=attention, position=rng.normal(size=(N + 2, DIM)))
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("attention_pool", (_set(rng),), perturb(params, rng), masks, {"activation": "gelu"})
+
+
+@_case("attention_pool-keys")
+def _(rng: np.random.Generator) -> Case:
+    params = _resampling_pool(rng)._replace(
+        output_norm=setattn.init_norm(DIM), output=setattn.init_linear(DIM, 9, rng=rng)
+    )
+    masks = {"mask": _mask(rng, BATCH, N), "key_positions": _set(rng)}
+    return Case("attention_pool", (_set(rng, DIM_Y),), perturb(params, rng), masks)
+
+
+@_case("attention_pool-all-positions")
+def _(rng: np.random.Generator) -> Case:
+    params = _resampling_pool(rng)._replace(
+        attention=setattn.init_attention(DIM, num_heads=HEADS, num_kv_heads=2, head_norm="rms", rng=rng),
+        position=rng.normal(size=(N, DIM)),
+        probe_position=rng.normal(size=(5, DIM)),
+    )
+    return Case(
+        "attention_pool", (_set(rng, DIM_Y),), perturb(params, rng), {"key_positions": rng.normal(size=(N, DIM))}
+    )
+
+
 @_case("cross_attention")
 def _(rng: np.random.Generator) -> Case:
     params = setattn.init_cross_attention(DIM, DIM_Y, num_heads=2, rng=rng)
@@ -511,6 +553,18 @@ def _(rng: np.random.Generator) -> Case:
     return Case("fourier_features", (rng.uniform(-1, 1, size=(BATCH, N, 3)),), options=options)
 
 
+@_case("sincos_features")
+def _(rng: np.random.Generator) -> Case:
+    positions = rng.uniform(0, 40, size=(BATCH, N, 2))
+    return Case("sincos_features", (positions,), options={"dim": 12})
+
+
+@_case("sincos_features-temperature")
+def _(rng: np.random.Generator) -> Case:
+    positions = rng.integers(0, 200, size=(BATCH, N, 3)).astype(float)
+    return Case("sincos_features", (positions,), options={"dim": 18, "temperature": 20.0})
+
+
 def _resampler_variants() -> None:
     axes: dict[str, tuple[int, ...]] = {"": (), "-frames": (3,), "-media": (4,), "-media-frames": (4, 3)}
     for name, shape in axes.items():
@@ -554,6 +608,35 @@ def _(rng: np.random.Generator) -> Case:
     masks = {"mask": _mask(rng, BATCH, N)}
     params = perturb(_ip_adapter(rng), rng)
     return Case("perceiver_resampler", (_set(rng, DIM_Y),), params, masks, {"activation": "gelu"})
+
+
+@_case("perceiver_resampler-ip-adapter-mean")
+def _(rng: np.random.Generator) -> Case:
+    position, made = rng.normal(size=(9, DIM_Y)), _mean_latents(DIM, 2, rng)
+    params = perturb(_ip_adapter(rng)._replace(position=position, mean_latents=made), rng)
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_resampler", (_set(rng, DIM_Y),), params, masks, {"activation": "gelu"})
+
+
+@_case("perceiver_resampler-idefics2-connector")
+def _(rng: np.random.Generator) -> Case:
+    params = _idefics2(rng)
+    hidden, gate, output = (
+        setattn.init_linear(*sizes, bias=False, rng=rng) for sizes in ((DIM_Y, 8), (DIM_Y, 8), (8, DIM))
+    )
+    params = params._replace(layers=params.layers[:1], input=FeedForward(hidden, output, gate))
+    masks = {"mask": _mask(rng, BATCH, N)}
+    return Case("perceiver_resampler", (_set(rng, DIM_Y),), perturb(params, rng), masks, {"activation": "silu"})
+
+
+@_case("perceiver_resampler-media-frames-mean")
+def _(rng: np.random.Generator) -> Case:
+    params = setattn.init_perceiver_resampler(
+        DIM, num_heads=HEADS, num_latents=5, num_layers=1, num_frames=6, num_media=8, rng=rng
+    )
+    params = params._replace(position=rng.normal(size=(8, DIM)), mean_latents=_mean_latents(DIM, 2, rng))
+    features, masks = rng.normal(size=(BATCH, 4, 3, N, DIM)), {"mask": _mask(rng, BATCH, 4, 3, N)}
+    return Case("perceiver_resampler", (features,), perturb(params, rng), masks)
 
 
 def _gated_variants() -> None:

@@ -20,6 +20,7 @@ import setattn
 from setattn import FeedForward, LayerNorm, Linear, RMSNorm
 
 MASKS = ("mask", "query_mask", "pair_mask", "media_locations")
+NUMBERS = ("bias", "key_positions")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "ff_without_media": (0, 1, None, "no"),
     "num_bands": (0, -1, 2.0, True, None, "4", np.asarray(4)),
     "max_resolution": (0, -1.0, math.nan, math.inf, True, None, "224", (1.0,), [1.0, 2.0], (1.0, 2.0, 0.0), np.ones(3)),
+    "dim": (0, -12, 2.0, True, None, "12", 7, np.asarray(12)),
+    "temperature": (0, 0.0, -1.0, math.nan, math.inf, True, None, "100", 1j, 10**400, np.asarray(20.0)),
     "concat_position": (0, 1, None, "no"),
     "order": ("paper", None, 1),
     "plan": ({"block_size": 4}, 4, True, "fast", (None, None, 1), np.ones(2)),

@@ -142,6 +142,13 @@ class Oracle:
         z = self.a.sqrt(2 / self.a.pi) * (t + self.a.number("0.044715") * t * t * t)
         return t * self.sigmoid(2 * z)
 
+    def mean(self, x):
+        """The mean of the rows (n, d), as one row; of none it is 0."""
+        out = np.full((1, x.shape[1]), self.a.number(0), dtype=object)
+        for j in range(x.shape[1] if x.shape[0] else 0):
+            out[0, j] = self.a.total(x[:, j]) / x.shape[0]
+        return out
+
     def gate(self, x, gate):
         """Scale each feature by tanh of a gate of one number, or of one for each feature."""
         out = np.empty(x.shape, dtype=object)
@@ -208,7 +215,7 @@ class Oracle:
         return scaled if absent(p.query) else self.multiply(scaled, self.one_plus_tanh(self.feed_forward(q, p.query)))
 
     def _heads(self, x, y, p, counts):
-        """Pairs of a query head and the key head that serves it; `counts` (m,) are numbers of elements."""
+        """Pairs of a query head and its key head; `y` is what keys come from, `counts` (m,) are numbers of elements."""
         _, kv_heads, head_dim = p.key.weight.shape
         query, key = x if absent(p.query) else self.linear(x, p.query), self.linear(y, p.key)
         heads = query.shape[1] // head_dim
@@ -231,13 +238,14 @@ class Oracle:
             bias = bias[keep]
         return keep, pair[:, keep], bias, counts
 
-    def attention(self, x, y, p, mask=None, pair_mask=None, bias=None, merges=0):
+    def attention(self, x, y, p, mask=None, pair_mask=None, bias=None, merges=0, key_positions=None):
         keep, visible, bias, counts = self._take_part(x, y, mask, pair_mask, bias)
         y = y[keep]
+        keys = y if key_positions is None else self.add(y, key_positions[keep])
         value, value_dim = self.linear(y, p.value), p.value.weight.shape[2]
         heads = [
             self.attend(q, k, value[:, g * value_dim : (g + 1) * value_dim], visible, bias, merges)
-            for g, q, k in self._heads(x, y, p, counts)
+            for g, q, k in self._heads(x, keys, p, counts)
         ]
         out = self.concatenate(heads, axis=1)
         return out if absent(p.output) else self.linear(out, p.output)
@@ -286,10 +294,14 @@ class Oracle:
             x = self.sab(x, block, query_residual=query_residual)
         return x if absent(p.output) else self.linear(x, p.output)
 
-    def attention_pool(self, x, p, mask=None):
-        if mask is not None:
-            x = x[np.asarray(mask, dtype=bool)]
-        h = self.attention(self.norm(p.probe, p.query_norm), self.norm(x, p.context_norm), p.attention)
+    def attention_pool(self, x, p, mask=None, key_positions=None):
+        keep = np.ones(x.shape[0], dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        x = x[keep] if absent(p.input) else self.linear(x[keep], p.input)
+        x = x if absent(p.position) else self.add(x, p.position[: keep.size][keep])
+        q = self.norm(p.probe, p.query_norm)
+        q = q if absent(p.probe_position) else self.add(q, p.probe_position)
+        key_positions = None if key_positions is None else key_positions[keep]
+        h = self.attention(q, self.norm(x, p.context_norm), p.attention, key_positions=key_positions)
         h = self.norm(self.add_feed_forward(h, p.ff_norm, p.ff), p.output_norm)
         return h if absent(p.output) else self.linear(h, p.output)
 
@@ -318,9 +330,6 @@ class Oracle:
         features = p.features[places]
         features = features if absent(p.features_project) else self.linear(features, p.features_project)
         return self.concatenate([x, features], axis=1)
-
-    def mean(self, x):
-        return np.array([[self.a.total(column) / x.shape[0] for column in x.T]], dtype=object)
 
     def perceiver(self, inputs, p, mask=None, depth=None, query_residual=True):
         places = np.arange(inputs.shape[0]) if mask is None else np.flatnonzero(mask)
@@ -355,7 +364,11 @@ class Oracle:
 
     def resample(self, frames, medium, p, mask=None):
         """Resample the frames of one medium, a list of sets."""
-        x = [frame if absent(p.input) else self.linear(frame, p.input) for frame in frames]
+        x = frames if absent(p.position) else [self.add(frame, p.position[: frame.shape[0]]) for frame in frames]
+        if not absent(p.input):
+            layer = {"Linear": self.linear, "FeedForward": self.feed_forward}[type(p.input).__name__]
+            x = [layer(frame, p.input) for frame in x]
+        x = list(x)
         for t, frame in enumerate(x):
             # An embedding is added to every element: row zero, as often as the frame has elements.
             row = np.zeros(frame.shape[0], dtype=int)
@@ -365,6 +378,9 @@ class Oracle:
         if mask is not None:
             x = x[np.asarray(mask, dtype=bool).reshape(-1)]
         z = p.latents
+        if not absent(p.mean_latents):
+            made = self.linear(self.norm(self.mean(x), p.mean_latents.norm), p.mean_latents.project)
+            z = self.concatenate([made.reshape(-1, z.shape[1]), z])
         for layer in p.layers:
             q = self.norm(z, layer.query_norm)
             context = self.concatenate([self.norm(x, layer.context_norm), q])
@@ -419,6 +435,15 @@ class Oracle:
             rows.append([value for part in parts for value in part])
         return np.array(rows, dtype=object).reshape(positions.shape[0], axes * (2 * num_bands + bool(concat_position)))
 
+    def sincos_features(self, positions, dim, temperature=10000.0):
+        count = dim // (2 * positions.shape[1])
+        periods = [self.a.number(temperature) ** (self.a.number(k) / count) for k in range(count)]
+        rows = [
+            [f(position / period) for position in row for f in (self.a.sin, self.a.cos) for period in periods]
+            for row in positions
+        ]
+        return np.array(rows, dtype=object).reshape(positions.shape[0], dim)
+
 
 # How many trailing axes of each argument belong to one call; the axes before them are the batch. The resampler and the
 # gated block, whose arguments are lists of sets, are laid out by the two functions below.
@@ -433,7 +458,7 @@ BLOCKS = {
     "isab": ((2,), {"mask": 1}),
     "pma": ((2,), {"mask": 1}),
     "set_transformer": ((2,), {"mask": 1}),
-    "attention_pool": ((2,), {"mask": 1}),
+    "attention_pool": ((2,), {"mask": 1, "key_positions": 2}),
     "cross_attention": ((2, 2), {"mask": 1}),
     "latent_transformer": ((2,), {}),
     "perceiver": ((2,), {"mask": 1}),
@@ -441,7 +466,9 @@ BLOCKS = {
     "perceiver_resampler": ((2,), {"mask": 1}),
     "gated_cross_attention": ((2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}),
     "fourier_features": ((1,), {}),
+    "sincos_features": ((1,), {}),
 }
+NUMBERS = ("bias", "key_positions")  # arguments by name that are no masks
 
 
 def _resampler(engine, features, p, mask=None):
@@ -455,7 +482,8 @@ def _resampler(engine, features, p, mask=None):
     if not media:
         return out[0]
     width = (p.latents if absent(p.output) else p.output.weight).shape[1]
-    return engine.concatenate([engine.lift(np.zeros((0, p.latents.shape[0], width))), *[z[None] for z in out]])
+    rows = p.latents.shape[0] + (0 if absent(p.mean_latents) else p.mean_latents.project.weight.shape[1])
+    return engine.concatenate([engine.lift(np.zeros((0, rows, width))), *[z[None] for z in out]])
 
 
 def _call(engine, name, arrays, params, options):
@@ -465,8 +493,8 @@ def _call(engine, name, arrays, params, options):
         return engine.gated_cross_attention(
             engine.lift(arrays[0]), [engine.lift(medium) for medium in arrays[1]], params, **options
         )
-    if name == "fourier_features":
-        return engine.fourier_features(engine.lift(arrays[0][None]), **options)[0]
+    if name in ("fourier_features", "sincos_features"):
+        return getattr(engine, name)(engine.lift(arrays[0][None]), **options)[0]
     if name == "perceiver_io" and len(arrays) == 1:
         return engine.perceiver_io(engine.lift(arrays[0]), None, params, **options)
     return getattr(engine, name)(*[engine.lift(array) for array in arrays], params, **options)
@@ -494,7 +522,7 @@ def run(engine, name, arrays, params=(), **options):
     axes = [*zip(map(to_float64, arrays), own, strict=True)]
     names = [key for key in named if options.get(key) is not None]
     for key in names:
-        array = to_float64(options[key]) if key == "bias" else np.asarray(options[key]).astype(bool)
+        array = to_float64(options[key]) if key in NUMBERS else np.asarray(options[key]).astype(bool)
         axes.append((array, named[key]))
     batch = np.broadcast_shapes(*[array.shape[: array.ndim - n] for array, n in axes])
     spread = [np.broadcast_to(array, batch + array.shape[array.ndim - n :]) for array, n in axes]
@@ -509,8 +537,7 @@ def run(engine, name, arrays, params=(), **options):
     for index in np.ndindex(*spread[0].shape[: len(batch)]):
         entry = [array[index] for array in spread]
         given = dict(zip(names, entry[len(arrays) :], strict=True))
-        if given.get("bias") is not None:
-            given["bias"] = engine.lift(given["bias"])
+        given |= {key: engine.lift(given[key]) for key in NUMBERS if key in given}
         results.append(_call(engine, name, entry[: len(arrays)], params, given | rest))
     return batch, results
 

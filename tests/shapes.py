@@ -21,6 +21,7 @@ from setattn import (
     LengthScale,
     Linear,
     MeanHead,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -202,11 +203,19 @@ def resampler(p: Any, features: tuple[int, ...]) -> tuple[int, ...]:
     need(type(p) is Resampler)
     embeddings = [e for e in (p.media_embedding, p.frame_embedding) if not absent(e)]
     need(len(features) >= 2 + len(embeddings) and features[-1] > 0)
-    width = affine(p.input, features[-1])
-    for embedding, axis in zip(embeddings, range(-2 - len(embeddings), -2), strict=True):
-        rows, dim = shape(embedding, 2)
-        need(rows >= features[axis] and dim == width)
+    width = (feed_forward if type(p.input) is FeedForward else affine)(p.input, features[-1])
+    tables = [(p.position, -2, features[-1])] if not absent(p.position) else []
+    tables += [(e, i - 2 - len(embeddings), width) for i, e in enumerate(embeddings)]
+    for table, axis, dim in tables:
+        rows, columns = shape(table, 2)
+        need(rows >= features[axis] and columns == dim)
     m, dim = shape(p.latents, 2)
+    if not absent(p.mean_latents):
+        need(type(p.mean_latents) is MeanLatents)
+        norm(p.mean_latents.norm, width)
+        made, columns = heads_of(p.mean_latents.project, width)
+        need(columns == dim)
+        m += made
     need(dim == width and type(p.layers) is tuple and len(p.layers) > 0)
     for layer in p.layers:
         need(cross_attention(layer, width, width) == width)
@@ -288,6 +297,13 @@ def _attention_pool(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int,
     batch, _, x = _one_set(arrays, keywords)
     need(type(p) is AttentionPool)
     k, probe = shape(p.probe, 2)
+    exact(p.probe_position, k, probe)
+    x = affine(p.input, x)
+    if not absent(p.position):
+        rows, width = shape(p.position, 2)
+        need(rows >= arrays[0].shape[-2] and width == x)
+    given, own = keywords.get("key_positions"), (arrays[0].shape[-2], x)
+    need(given is None or tuple(given.shape) in (own, (*batch, *own)))
     norm(p.query_norm, probe)
     norm(p.context_norm, x)
     out = attend(p.attention, probe, x)
@@ -375,6 +391,12 @@ def _fourier_features(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[in
     return (*batch, axes * (2 * keywords["num_bands"] + keywords.get("concat_position", True)))
 
 
+def _sincos_features(arrays: Any, p: Any, keywords: dict[str, Any]) -> tuple[int, ...]:
+    need(len(arrays[0].shape) >= 1 and arrays[0].shape[-1] > 0)
+    need(keywords["dim"] % (2 * arrays[0].shape[-1]) == 0)
+    return (*arrays[0].shape[:-1], keywords["dim"])
+
+
 _INFER = {
     "attention": _attention,
     "attention_weights": lambda *call: _attention(*call, weights=True),
@@ -391,4 +413,5 @@ _INFER = {
     "perceiver_resampler": _perceiver_resampler,
     "gated_cross_attention": _gated_cross_attention,
     "fourier_features": _fourier_features,
+    "sincos_features": _sincos_features,
 }

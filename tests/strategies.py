@@ -136,7 +136,7 @@ class Drawn(Case):
         return self.arrays[self.elements].shape[-2]
 
     def __call__(self, **changed: Any) -> np.ndarray:
-        params = [] if self.function == "fourier_features" else [self.params]
+        params = [] if self.params is None else [self.params]
         return getattr(setattn, self.function)(*self.arrays, *params, **(self.masks | self.options | changed))
 
     def with_array(self, position: int, array: np.ndarray) -> Drawn:
@@ -161,7 +161,7 @@ class Drawn(Case):
             return (2 + extra,), {"mask": 1 + extra}
         if self.function == "gated_cross_attention":
             return (2, 3), {"mask": 2, "media_locations": 1, "pair_mask": 2}
-        return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1}
+        return (2,) * len(self.arrays), {"mask": 1, "query_mask": 1, "pair_mask": 2, "bias": 1, "key_positions": 2}
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -343,6 +343,9 @@ class Maker:
         bias = self.one_of(True, False) if bias is None else bias
         return Linear(self.weight(dim_in, dim_out), 0.3 * self.rng.normal(size=dim_out) if bias else ())
 
+    def split_linear(self, dim_in: int, heads: int, width: int) -> Linear:
+        return Linear(self.weight(dim_in, heads, width), 0.3 * self.rng.normal(size=(heads, width)))
+
     def norm(self, dim: int, kind: str | None = None) -> Any:
         kind = self.one_of(*_NORMS) if kind is None else kind
         scale, bias = 1 + 0.2 * self.rng.normal(size=dim), 0.2 * self.rng.normal(size=dim)
@@ -519,15 +522,19 @@ def _set_transformer(m: Maker, _: int | None) -> setattn.SetTransformer:
 
 def _attention_pool(m: Maker) -> setattn.AttentionPool:
     s = m.s
+    inputs = m.linear(s.dim_y, s.hidden) if m.one_of(False, False, True) else ()
+    width = s.dim_y if is_absent(inputs) else s.hidden
     return setattn.AttentionPool(
         probe=m.weight(s.learned, s.dim, inputs=1),
-        attention=m.attention(s.dim, s.dim_y),
+        attention=m.attention(s.dim, width),
         ff=m.feed_forward(s.dim),
         query_norm=m.norm(s.dim),
-        context_norm=m.norm(s.dim_y),
+        context_norm=m.norm(width),
         ff_norm=m.norm(s.dim),
         output_norm=m.norm(s.dim),
         output=m.linear(s.dim, s.dim_out) if m.one_of(True, False) else (),
+        input=inputs,
+        probe_position=m.weight(s.learned, s.dim, inputs=1) if m.one_of(False, False, True) else (),
     )
 
 
@@ -555,11 +562,15 @@ def _perceiver_io(m: Maker) -> _Parts:
     return _Parts((*inner.arrays, _queried(m, s.dim_out)), params, inner.masks, options)
 
 
-def _perceiver_resampler(m: Maker, axes: str | None = None, least_layers: int = 1) -> _Parts:
+def _perceiver_resampler(m: Maker, axes: str | None = None, positions: bool = False) -> _Parts:
     s = m.s
     axes = m.one_of("", "frames", "media", "media frames") if axes is None else axes
-    inputs = m.linear(s.dim_y, s.dim) if m.one_of(False, True) else ()
+    kind = m.one_of("none", "linear", "network")
+    inputs = m.linear(s.dim_y, s.dim) if kind == "linear" else ()
+    if kind == "network":
+        inputs = FeedForward(m.linear(s.dim_y, s.hidden), m.linear(s.hidden, s.dim), m.linear(s.dim_y, s.hidden))
     width = s.dim if is_absent(inputs) else s.dim_y
+    made = setattn.MeanLatents(m.split_linear(s.dim, m.one_of(1, 2), s.dim), m.norm(s.dim))
     shape = (*s.batch, *(getattr(s, axis) for axis in axes.split()), s.n, width)
     output = m.linear(s.dim, s.dim_out) if m.one_of(False, True) else ()
     params = setattn.Resampler(
@@ -570,6 +581,8 @@ def _perceiver_resampler(m: Maker, axes: str | None = None, least_layers: int = 
         input=inputs,
         output=output,
         output_norm=m.norm(s.dim if is_absent(output) else s.dim_out),
+        position=m.weight(s.n + m.one_of(1, 3), width, inputs=1) if positions else (),
+        mean_latents=made if m.one_of(False, False, True) else (),
     )
     return _Parts((shape,), params, {"mask": shape[:-1]}, {"activation": m.one_of(*ACTIVATIONS)})
 

@@ -12,9 +12,10 @@ import time
 import cases
 import numpy as np
 import pytest
-import setattn
 import tolerances
 from backends import BACKENDS
+
+import setattn
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -192,7 +193,7 @@ def test_kinds_and_dtypes_are_known_before():
     x, params = seven()
     for dtype in ("float16", "float32", "float64"):
         for name, p in params.items():
-            p = setattn.map_params(lambda a: a.astype(dtype), p)  # noqa: B023, PLW2901, called at once
+            p = setattn.map_params(lambda a: a.astype(dtype), p)  # noqa: B023, called at once
             out = lazily(getattr(setattn, name), da.from_array(x.astype(dtype), chunks=(2, 20, 8)), p)
             assert type(out._meta) is np.ndarray
             assert out._meta.dtype == out.dtype == compute(out).dtype == dtype

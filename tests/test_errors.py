@@ -30,6 +30,7 @@ from hypothesis import given
 import setattn
 from setattn import (
     ArgumentError,
+    CheckpointError,
     DTypeError,
     LayerNorm,
     Linear,
@@ -203,7 +204,7 @@ def test_batch_of_queries_without_batch_of_context(backend):
 def test_too_few_axes(backend):
     for case in UNMASKED.values():
         for i, argument in enumerate(arguments(case)[: len(case.arrays)]):
-            for shape in ((), (DIM,)) if case.function != "fourier_features" else ((),):
+            for shape in ((), (DIM,)) if case.params is not None else ((),):
                 arrays = (*case.arrays[:i], np.ones(shape), *case.arrays[i + 1 :])
                 assert refused(backend, case, ShapeError, argument, arrays=arrays).got == shape
 
@@ -236,6 +237,45 @@ def test_more_frames_or_media_than_rows(backend, name, axis, part):
     error = refused(backend, case, ShapeError, "features", arrays=arrays)
     wanted = f"at most {rows} in place of {rows + 1} on its {part} axis, the rows of params.{part}_embedding"
     assert error.wanted == wanted
+
+
+def test_more_elements_than_positions(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    rows = case.params.position.shape[0]
+    error = refused(backend, case, ShapeError, "features", arrays=(np.ones((BATCH, rows + 1, DIM_Y)),))
+    assert error.wanted == f"at most {rows} in place of {rows + 1} on its n axis, the rows of params.position"
+    assert case.numpy().shape[:2] == (BATCH, 2 + 5)
+
+
+def test_positions_are_added_before_the_input_layer(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    params = case.params._replace(position=np.ones((9, DIM)))
+    error = refused(backend, case, ShapeError, "features", params=params)
+    assert error.wanted == f"(..., {DIM}) to match params.position of shape (9, {DIM})"
+
+
+def test_input_that_is_no_layer(backend):
+    case = UNMASKED["perceiver_resampler-idefics2-connector"]
+    for wrong, got in ((None, "None"), (LayerNorm(), "a LayerNorm")):
+        error = refused(backend, case, ParameterError, "params.input", params=case.params._replace(input=wrong))
+        assert (error.got, error.wanted[:45]) == (got, "a setattn.Linear or setattn.FeedForward" + error.wanted[39:45])
+    ff = case.params.input._replace(output=())
+    refused(backend, case, ShapeError, "params.latents", params=case.params._replace(input=ff))
+
+
+def test_latents_of_the_mean_that_do_not_fit_the_learned_ones(backend):
+    case = UNMASKED["perceiver_resampler-ip-adapter-mean"]
+    made = case.params.mean_latents
+    project = Linear(made.project.weight[..., :5], ())
+    params = case.params._replace(mean_latents=made._replace(project=project))
+    error = refused(backend, case, ShapeError, "params.mean_latents.project.weight", params=params)
+    assert (error.got, error.wanted) == ((DIM, 2, 5), f"(dim_in, p, {DIM}) to match params.latents")
+    flat = Linear(np.ones((DIM, 2 * DIM)))
+    params = case.params._replace(mean_latents=made._replace(project=flat))
+    refused(backend, case, ShapeError, "params.mean_latents.project.weight", params=params)
+    refused(
+        backend, case, ParameterError, "params.mean_latents", params=case.params._replace(mean_latents=made.project)
+    )
 
 
 def test_one_row_of_time_embedding_is_not_shared_by_all_frames(backend):
@@ -443,11 +483,38 @@ def test_bias_of_another_shape(backend):
         refused(backend, case, ShapeError, "bias", bias=np.zeros(shape))
 
 
+def test_key_positions_of_another_shape(backend):
+    case = ALL["attention_pool-keys"]
+    for shape in ((N,), (1, N, DIM), (BATCH, 1, DIM), (BATCH, N, DIM_Y), (N, DIM_Y), (N + 1, DIM), (1, DIM)):
+        error = refused(backend, case, ShapeError, "key_positions", key_positions=np.zeros(shape))
+        assert error.wanted == f"({N}, {DIM}), one row for each element, or ({BATCH}, {N}, {DIM})"
+
+
+def test_more_elements_than_rows_of_a_table_of_positions(backend):
+    case = UNMASKED["attention_pool-table"]
+    error = refused(backend, case, ShapeError, "x", arrays=(resized(case.arrays[0], -2, N + 3),))
+    assert error.wanted == f"at most {N + 2} elements in place of {N + 3}, the rows of params.position"
+    case = UNMASKED["attention_pool-all-positions"]
+    for field in ("position", "probe_position"):
+        table = getattr(case.params, field)
+        for wrong in (table[None], table[0], table[:0], table[:, 1:]):
+            params = case.params._replace(**{field: wrong})
+            assert refused(backend, case, ShapeError, f"params.{field}", params=params).got == wrong.shape
+    params = case.params._replace(probe_position=case.params.probe_position[1:])
+    error = refused(backend, case, ShapeError, "params.probe_position", params=params)
+    assert error.wanted == f"(5, {DIM}) to match params.probe"
+
+
+def test_features_that_the_axes_do_not_divide(backend):
+    error = refused(backend, ALL["sincos_features"], OptionError, "dim", dim=14)
+    assert error.wanted == "a positive multiple of 4"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "int32"])
 def test_mask_that_is_not_boolean(backend, dtype):
     for case in ALL.values():
         for argument, m in case.masks.items():
-            if argument != "bias":
+            if argument not in faults.NUMBERS:
                 error = refused(backend, case, DTypeError, argument, **{argument: m.astype(dtype)})
                 # Scores can be added where there is an argument for them, and it has one for each element.
                 additive = argument == "mask" and dtype == "float32" and "bias" in arguments(case)
@@ -521,15 +588,19 @@ def test_arrays_of_two_libraries(backend):
     params = case.params._replace(attention=case.params.attention._replace(value=value))
     errors = [
         refused(backend, case, NamespaceError, "y", arrays=(case.arrays[0], foreign(case.arrays[1]))),
-        refused(backend, case, NamespaceError, "params.attention.value.bias", params=params),
+        *[refused(backend, case, NamespaceError, key, **{key: foreign(m)}) for key, m in case.masks.items()],
     ]
-    errors += [refused(backend, case, NamespaceError, key, **{key: foreign(m)}) for key, m in case.masks.items()]
+    if backend.name != "dask":  # whose parameters may be what its chunks are
+        errors.append(refused(backend, case, NamespaceError, "params.attention.value.bias", params=params))
     for error in errors:
         assert error.got == f"an array of {given}"
         assert error.wanted == f"an array of {own}, as the first argument is"
 
 
-@pytest.mark.parametrize("backend", [b.name for b in BACKENDS.values() if b.module != "numpy"], indirect=True)
+LIBRARIES = [b.name for b in BACKENDS.values() if b.module not in ("numpy", "dask.array")]
+
+
+@pytest.mark.parametrize("backend", LIBRARIES, indirect=True)
 def test_weights_of_numpy_with_arrays_of_another_library(backend):
     case = UNMASKED["set_transformer"]
     params = setattn.map_params(lambda a: np.float32(a).view(Foreign), case.params)
@@ -625,7 +696,7 @@ class Duck:
 @pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix, Duck])
 def test_chunks_of_dask_that_are_no_plain_arrays(backend, kind):
     def spoil(a):
-        a = a.copy()
+        a = backend.xp.asarray(a).copy()
         a._meta = Duck(a.dtype) if kind is Duck else np.empty((0, 0), a.dtype).view(kind)
         return a
 
@@ -707,13 +778,13 @@ def test_jax_without_float64_keeps_float32():
 
 def test_dask_sizes_must_be_known():
     da = pytest.importorskip("dask.array")
-    case, backend = ALL["sab"], BACKENDS["dask"]
-    x, mask = backend.asarray(case.arrays[0], "float32"), backend.asarray(case.masks["mask"])
+    case, backend = ALL["attention"], BACKENDS["dask"]
+    y, mask = backend.asarray(case.arrays[1], "float32"), backend.asarray(case.masks["mask"])
     chosen = da.any(mask, axis=1)
-    params = backend.params(case.params, "float32")
-    for argument, first, second in (("x", x[chosen], mask), ("mask", x, mask[chosen])):
+    query, params = backend.asarray(case.arrays[0][0], "float32"), backend.params(case.params, "float32")
+    for argument, first, second in (("context", y[chosen], mask), ("mask", y, mask[chosen])):
         with no_arithmetic(), pytest.raises(ShapeError) as caught:
-            setattn.sab(first, params, mask=second)
+            setattn.attention(query, first, params, mask=second)
         assert caught.value.argument == argument
         assert "compute_chunk_sizes()" in caught.value.wanted
 
@@ -789,7 +860,7 @@ def test_every_keyword_is_tried():
         for p in inspect.signature(getattr(setattn, function)).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
-    assert keywords == set(faults.WRONG_OPTIONS) | set(faults.MASKS) | {"bias"}
+    assert keywords == set(faults.WRONG_OPTIONS) | set(faults.MASKS) | set(faults.NUMBERS)
 
 
 def test_depth_must_use_every_part(backend):
@@ -898,7 +969,7 @@ def is_wrong(mutant: faults.Mutant) -> bool:
 
 def converted(mutant: faults.Mutant, to_array: Any) -> faults.Mutant:
     keywords = {
-        key: convert(value, to_array) if key in (*faults.MASKS, "bias") else value
+        key: convert(value, to_array) if key in (*faults.MASKS, *faults.NUMBERS) else value
         for key, value in mutant.keywords.items()
     }
     arrays, params = convert(mutant.arrays, to_array), convert(mutant.params, to_array)
@@ -964,7 +1035,7 @@ def test_arrays_of_any_shape_are_refused_or_give_the_shape_foreseen(name, data):
 
 
 def test_one_family():
-    kinds = [ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError]
+    kinds = [ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError, CheckpointError]
     assert set(ArgumentError.__subclasses__()) == set(kinds)
     for kind in kinds:
         assert issubclass(kind, ValueError) != issubclass(kind, TypeError)

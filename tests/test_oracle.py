@@ -17,6 +17,7 @@ from setattn import (
     GatedCrossAttention,
     LayerNorm,
     Linear,
+    MeanLatents,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -100,6 +101,13 @@ class Draw:
             self.norm(5),
         )
 
+    def long_resampler(self, dim_in, dim, frames=False, media=False):
+        """A resampler with a network first, a table of positions and latents of the mean."""
+        network = FeedForward(self.linear(dim_in, 7), self.linear(7, dim), self.linear(dim_in, 7))
+        made = MeanLatents(self.linear(dim, 2, dim), self.norm(dim))
+        p = self.resampler(dim_in, dim, frames, media)
+        return p._replace(input=network, position=self.array(3, dim_in), mean_latents=made)
+
 
 def cases(d):
     """Arrays, parameters and options of every block."""
@@ -137,6 +145,8 @@ def cases(d):
     pool = AttentionPool(d.array(2, 6), d.attention(6, 6), d.ff(6), *(d.norm(6) for _ in range(4)), d.linear(6, 3))
     yield "attention_pool", (x,), pool, {"mask": own}
     yield "attention_pool", (x,), pool._replace(ff=(), output=()), {}
+    placed = pool._replace(input=d.linear(3, 6), position=d.array(7, 6), probe_position=d.array(2, 6))
+    yield "attention_pool", (d.array(2, 5, 3),), placed, {"mask": own, "key_positions": d.array(2, 5, 6)}
     for residual in (True, False):
         yield "cross_attention", (x, y), d.cross(6, 6, gate=True), {"mask": other, "query_residual": residual}
     yield "latent_transformer", (x,), (d.layer(6), d.layer(6)), {}
@@ -148,6 +158,8 @@ def cases(d):
     for frames, media in ((False, False), (True, False), (False, True), (True, True)):
         shape = (2, *(3,) * media, *(4,) * frames, 2, 6)
         p = d.resampler(6, 4, frames, media)
+        yield "perceiver_resampler", (d.array(*shape),), p, {"mask": d.mask(*shape[:-1])}
+        p = d.long_resampler(6, 4, frames, media)
         yield "perceiver_resampler", (d.array(*shape),), p, {"mask": d.mask(*shape[:-1])}
     gated = GatedCrossAttention(d.cross(6, 5), d.array(6), d.array(1))
     for immediate in (True, False):
@@ -189,6 +201,22 @@ def test_fourier_features_by_hand():
     np.testing.assert_allclose(bare, [[1, 0, 0, -1, 0.5, root, root, 0.5]], atol=1e-15)
     one = oracle.evaluate("fourier_features", x[:, :1], num_bands=1, max_resolution=10)
     np.testing.assert_allclose(one, [[0.5, 1, 0]], atol=1e-15)
+
+
+def test_both_arithmetics_agree_on_sincos_features():
+    positions = np.random.default_rng(0).uniform(0, 40, size=(2, 3, 2))
+    for options in ({"dim": 12}, {"dim": 4, "temperature": 7.0}):
+        rounded = oracle.evaluate("sincos_features", positions, **options)
+        exact = oracle.evaluate("sincos_features", positions, exact=True, **options)
+        assert rounded.shape == (2, 3, options["dim"])
+        np.testing.assert_allclose(rounded, exact, rtol=0, atol=1e-13)
+
+
+def test_sincos_features_by_hand():
+    # Frequencies 1 and 1 / 3, so the angles are pi / 2 and pi / 6, then 2 pi and 2 pi / 3.
+    x, root = np.array([[math.pi / 2, 2 * math.pi]]), math.sqrt(3) / 2
+    out = oracle.evaluate("sincos_features", x, dim=8, temperature=9.0)
+    np.testing.assert_allclose(out, [[1, 0.5, 0, root, 0, root, 1, -0.5]], atol=1e-15)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -268,6 +296,23 @@ def test_gated_block_by_hand():
     np.testing.assert_array_equal(run(media_locations=locations, immediate=False), [0, 8, 8.5, 8.5])
     np.testing.assert_array_equal(run(media_locations=locations, mask=np.array([[False], [True]])), [0, 0, 9, 0])
     np.testing.assert_array_equal(run(), [8.5] * 4)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_latents_of_the_mean_by_hand(exact):
+    one = np.ones((1, 1, 1))
+    silent = CrossAttention(Attention(Linear(one), Linear(one), Linear(0 * one), Linear(one)))
+    made = MeanLatents(Linear(np.array([[[2.0], [-1.0]]]), np.array([[0.0], [1.0]])))
+    p = Resampler(np.array([[5.0]]), (silent,), position=np.array([[10.0], [-20.0], [30.0], [40.0]]), mean_latents=made)
+    features, mask = np.array([[1.0], [2.0], [3.0]]), np.array([True, True, False])
+
+    def run(p, mask=mask):
+        options = {"activation": "relu", "eps": 1e-5, "exact": exact}
+        return oracle.evaluate("perceiver_resampler", features, params=p, mask=mask, **options)[:, 0]
+
+    np.testing.assert_array_equal(run(p), [-7, 4.5, 5])  # of the mean of 11 and -18
+    np.testing.assert_array_equal(run(p._replace(input=FeedForward(Linear(np.ones((1, 1)))))), [11, -4.5, 5])
+    np.testing.assert_array_equal(run(p, np.zeros(3, dtype=bool)), [0, 1, 5])
 
 
 def test_empty_axes_and_batches():

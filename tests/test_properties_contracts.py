@@ -73,7 +73,8 @@ def rows_and_width(case: Drawn) -> tuple[tuple[int, ...], int]:
             return queries.shape[-2:-1], of_output(p.output, of_attention(p.decoder.attention, queries.shape[-1]))
         case "perceiver_resampler":
             media = () if is_absent(p.media_embedding) else case.arrays[0].shape[len(case.batch) : len(case.batch) + 1]
-            return media + p.latents.shape[:1], of_output(p.output, p.latents.shape[1])
+            made = 0 if is_absent(p.mean_latents) else p.mean_latents.project.weight.shape[1]
+            return (*media, made + p.latents.shape[0]), of_output(p.output, p.latents.shape[1])
     return (rows,), width  # cross_attention, latent_transformer, gated_cross_attention
 
 

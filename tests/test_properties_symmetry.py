@@ -39,6 +39,8 @@ def take_elements(case: Drawn, order: np.ndarray, masks: bool = True) -> Drawn:
     """Take elements of the set by their places, and their masks with them."""
     kinds = ("mask", "bias") if case.masks_media else ("mask", "pair_mask", "bias")
     follow = {k: m[..., order] for k, m in case.masks.items() if k in kinds and masks}
+    if "key_positions" in case.masks:
+        follow["key_positions"] = case.masks["key_positions"][..., order, :]
     return case.with_elements(case.arrays[case.elements][..., order, :]).with_masks(**follow)
 
 
@@ -148,7 +150,10 @@ def _permute_learned(name: str, params, order: np.ndarray):
     if name == "perceiver_io":
         return params._replace(encoder=_permute_learned("perceiver", params.encoder, order))
     field = {"isab": "inducing_points", "pma": "seeds", "attention_pool": "probe"}.get(name, "latents")
-    return params._replace(**{field: getattr(params, field)[order]})
+    params = params._replace(**{field: getattr(params, field)[order]})
+    if name == "attention_pool" and not is_absent(params.probe_position):
+        params = params._replace(probe_position=params.probe_position[order])
+    return params
 
 
 def permuting_what_is_learned(case: Drawn, seed: int) -> None:
@@ -157,6 +162,10 @@ def permuting_what_is_learned(case: Drawn, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(learned.shape[0])
     axis = None if case.function in ("isab", "perceiver_io") else -2
     other = case.with_params(_permute_learned(case.function, case.params, order))
+    made = 0
+    if case.function == "perceiver_resampler" and not is_absent(case.params.mean_latents):
+        made = case.params.mean_latents.project.weight.shape[1]  # latents of the mean, which stay in front
+    order = np.concatenate([np.arange(made), made + order])
     result, bound = take(case(), order, axis), take(case.bound(), order, axis)
     agree(other(), result, 2 * bound, f"permuted learned queries: {case.function}")
 
@@ -245,16 +254,28 @@ def test_frames_move_with_their_embeddings():
     for_all(frames_with_their_embeddings, frames(), seeds, share=0.25)
 
 
+def remembers_its_elements(params: setattn.Resampler) -> bool:
+    """Say whether no norm is of fewer than 3 features, which would forget what they were."""
+    normed = [layer.attention.key.weight for layer in params.layers if not is_absent(layer.attention.key_norm)]
+    normed += [] if is_absent(params.output) else [params.output.weight]
+    return all(a.shape[-1] >= 3 for a in (params.latents, *normed))
+
+
 def swapping_frames_differs(case: Drawn) -> None:
-    hypothesis.assume(case.params.latents.shape[-1] >= 3)  # a layer norm of fewer features forgets what they were
+    hypothesis.assume(remembers_its_elements(case.params))
     order = np.arange(case.arrays[0].shape[-3])
     order[:2] = 1, 0
     result, other = case(), permute_frames(case, order)()
     assert (np.abs(result - other) > 2 * case.bound()).any()
 
 
+def without_a_network(case: Drawn) -> bool:
+    return not isinstance(case.params.input, setattn.FeedForward)  # which may map all elements to one
+
+
 def unmasked_frames() -> st.SearchStrategy:
-    return frames(2, dtypes=("float64",), ladders=("normal",), scales=(None,), only=(), batch=0)
+    drawn = frames(2, dtypes=("float64",), ladders=("normal",), scales=(None,), only=(), batch=0)
+    return drawn.filter(without_a_network)
 
 
 def test_swapping_frames_makes_a_difference():
@@ -284,6 +305,37 @@ def test_equal_embeddings_do_not_tell_frames_apart():
         lambda c: c.with_params(c.params._replace(frame_embedding=np.zeros_like(c.params.frame_embedding)))
     )
     rejects(defects.planted(), swapping_frames_differs, equal)
+
+
+def elements_with_their_positions(case: Drawn, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(case.size)
+    position = case.params.position.copy()
+    position[: case.size] = position[order]
+    other = take_elements(case, order).with_params(case.params._replace(position=position))
+    agree(other(), case(), 2 * case.bound(), "permuted elements with their positions")
+
+
+def positioned(**kwargs) -> st.SearchStrategy:
+    return blocks("perceiver_resampler", positions=True, **({"least": 1, "most": 7} | kwargs))
+
+
+def test_elements_move_with_their_positions():
+    """Permuting the elements of all frames and the rows of their positions together changes nothing."""
+    for_all(elements_with_their_positions, positioned(), seeds, share=0.25)
+
+
+def swapping_elements_differs(case: Drawn) -> None:
+    hypothesis.assume(remembers_its_elements(case.params))
+    order = np.arange(case.size)
+    order[:2] = 1, 0
+    assert (np.abs(case() - take_elements(case, order)()) > 2 * case.bound()).any()
+
+
+def test_swapping_elements_that_have_positions_makes_a_difference():
+    """Elements that are not alike, at positions that are not alike, cannot be swapped; without positions they can."""
+    alike = {"least": 3, "dtypes": ("float64",), "ladders": ("normal",), "scales": (None,), "only": (), "batch": 0}
+    for_all(swapping_elements_differs, positioned(**alike).filter(without_a_network), share=0.4)
+    rejects(defects.planted(), swapping_elements_differs, blocks("perceiver_resampler", most=7, **alike))
 
 
 # --- multisets ------------------------------------------------------------------------------------------------------
@@ -404,7 +456,9 @@ def test_a_weight_may_be_split():
 # --- backends -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attention-pairs-and-bias", "isab", "pma", "perceiver_resampler-frames"])
+@pytest.mark.parametrize(
+    "name", ["attention-pairs-and-bias", "isab", "pma", "attention_pool-keys", "perceiver_resampler-frames"]
+)
 def test_symmetry_on_every_backend(backend, name):
     """On every backend, permuting the elements changes nothing, and permuting a batch permutes it.
 

@@ -107,7 +107,7 @@ class Float32:
 
 def in_dtype(dtype, arrays, params, options):
     params = oracle.map_tree(lambda a: a.astype(dtype), params)
-    options = {k: v.astype(dtype) if k == "bias" else v for k, v in options.items()}
+    options = {k: v.astype(dtype) if k in oracle.NUMBERS else v for k, v in options.items()}
     return [a.astype(dtype) for a in arrays], params, options
 
 

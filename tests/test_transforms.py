@@ -79,7 +79,7 @@ def leaf_numbers(arrays, params, masks, leaf):
     """Flatten gradients, or whatever has the structure of a call's trees, in the order of :func:`numbers`."""
     found = [leaf(a) for a in arrays]
     setattn.map_params(lambda a: found.append(leaf(a)) or a, params)
-    return found + [leaf(a) for key, a in masks.items() if key == "bias"]
+    return found + [leaf(a) for key, a in masks.items() if key in NUMBERS]
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_jax_grad(backend, name):
     jax, weights = importlib.import_module("jax"), slope(name)[0]
     case = cases.expected(name, "float64")[0]
     (arrays, params, masks), boolean = case.trees(backend, "float64"), {}
-    if "bias" not in masks:
+    if not masks.keys() & set(NUMBERS):
         masks, boolean = {}, masks
 
     def total(arrays, params, masks, boolean):
@@ -155,6 +155,7 @@ def test_jax_grad(backend, name):
 
 # --- masks ----------------------------------------------------------------------------------------------------------
 
+NUMBERS = ("bias", "key_positions")
 GARBAGE = ((np.nan,), (np.inf, -np.inf, np.nan, 1e30, -1e-40, 0.0))
 
 
@@ -169,7 +170,7 @@ def assert_no_gradient_where_masked(case, gradients):
     assert not gradients[case.elements][~part].any()
     if "query_mask" in case.masks and case.arrays[0].ndim > 2:
         assert not gradients[0][~case.masks["query_mask"]].any()
-    if "bias" in case.masks:
+    if any(key in case.masks and case.masks[key].ndim >= part.ndim for key in NUMBERS):
         assert not gradients[-1][~part].any()
 
 
@@ -197,7 +198,7 @@ def test_masked_values_change_neither_result_nor_gradient(backend, name, dtype):
 def test_gradients_of_nothing(backend, name):
     """Where nothing takes part, the gradients are finite, and those of the elements 0."""
     case = cases.make(name)
-    masks = {key: m if key == "bias" else np.zeros_like(m) for key, m in case.masks.items()}
+    masks = {key: m if key in NUMBERS else np.zeros_like(m) for key, m in case.masks.items()}
     case = cases.replace(case, masks=masks)
     weights = np.ones(cases.expected(name, "float64")[1].shape)
     _, *gradients = torch_gradients(backend.xp, case, case.trees(backend, "float64"), weights)
@@ -211,7 +212,8 @@ def test_gradients_of_nothing(backend, name):
 def batch_axes(trees, case):
     """The batch axis of every array of a call, or ``None`` for those that all of the batch share."""
     arrays = tuple(0 if a.ndim > 2 else None for a in case.arrays)
-    return arrays, None, dict.fromkeys(trees[2], 0)
+    shared = {key for key, m in case.masks.items() if key == "key_positions" and m.ndim == 2}
+    return arrays, None, {key: None if key in shared else 0 for key in trees[2]}
 
 
 @on_jax
@@ -289,6 +291,9 @@ def test_torch_compile(backend, name):
         "perceiver_resampler-media-frames",
         "gated_cross_attention-previous",
         "fourier_features-per-axis",
+        "attention_pool-table",
+        "attention_pool-all-positions",
+        "sincos_features-temperature",
     ],
 )
 def test_torch_compile_variants(backend, name):

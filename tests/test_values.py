@@ -88,6 +88,20 @@ def test_fourier_features():
     for_all(is_the_oracles, positions())
 
 
+@st.composite
+def places(draw: st.DrawFn) -> Drawn:
+    """Draw places to encode."""
+    shape = (*draw(st.sampled_from(((), (3,), (2, 5), (0,)))), draw(st.integers(1, 3)))
+    rng, dtype = np.random.default_rng(draw(seeds)), draw(st.sampled_from(DTYPES))
+    options = {"dim": 2 * shape[-1] * draw(st.integers(1, 9)), "temperature": draw(st.sampled_from((1e4, 100.0, 0.5)))}
+    return Drawn("sincos_features", (rng.uniform(-9, 70, size=shape).astype(dtype),), None, {}, options)
+
+
+def test_sincos_features():
+    """Encodings of places have the oracle's values."""
+    for_all(is_the_oracles, places())
+
+
 @pytest.mark.parametrize("name", strategies.BLOCKS)
 def test_scores_that_are_off_are_noticed(name):
     """In every function, the oracle finds scores that are a thousandth too large."""

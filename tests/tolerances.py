@@ -237,13 +237,6 @@ class ErrorAnalysis(oracle.Oracle):
             h, t = h + np.abs(y), t + self.fresh(y, x.v)
         return Tracked(y, h, t)
 
-    def mean(self, x):
-        m, v = x.shape[0], x.v.mean(axis=0, keepdims=True)
-        squares, size = (x.v**2).sum(axis=0, keepdims=True), np.abs(x.v).mean(axis=0, keepdims=True)
-        noise = np.sqrt(_sum_variance(squares, (m * v) ** 2, m)) / m
-        t = x.t.mean(axis=1, keepdims=True) + self.fresh(noise, v) + self.fresh(v, v)
-        return Tracked(v, x.h.mean(axis=0, keepdims=True) + (m - 1) * size + np.abs(v) + self.tiny, t)
-
     def act(self, x):
         z, name = x.v, self.activation
         f = np.asarray(super().act(z), dtype=np.float64).reshape(z.shape)
@@ -274,6 +267,16 @@ class ErrorAnalysis(oracle.Oracle):
         v = x.v * y.v
         h = x.h * np.abs(y.v) + y.h * np.abs(x.v) + self.u * x.h * y.h + np.abs(v) + self.tiny
         return Tracked(v, h, x.t * y.v + x.v * y.t + self.u * x.t * y.t + self.fresh(v, v))
+
+    def mean(self, x):
+        """A sum of n terms, and a quotient that is exact where n is a power of two."""
+        n = max(x.shape[0], 1)
+        total = x.v.sum(axis=0, keepdims=True)
+        noise = np.sqrt(_sum_variance((x.v**2).sum(axis=0, keepdims=True), total**2, n))
+        v, own = total / n, float(n & (n - 1) > 0)
+        t = (x.t.sum(axis=1, keepdims=True) + self.fresh(noise, total)) / n + own * self.fresh(v, v)
+        h = (x.h + (n - 1) * np.abs(x.v) + self.tiny).sum(axis=0, keepdims=True) / n + own * np.abs(v)
+        return Tracked(v, h, t)
 
     def gate(self, x, gate):
         g = np.tanh(gate.v)[None]
@@ -358,14 +361,33 @@ class ErrorAnalysis(oracle.Oracle):
             parts = [*own, *angles, *angles]
         else:
             parts = [part for axis in range(axes) for part in (angles[axis], angles[axis], *own[axis : axis + 1])]
-        angle = np.abs(np.concatenate(parts, axis=1))
+        return self.turned(values, np.concatenate(parts, axis=1), 6.0, 2.0)
+
+    def sincos_features(self, positions, dim, temperature=10000.0):
+        """Errors of an angle: the frequency, rounded to the dtype, and the product, 1 u each.
+
+        The frequency itself is calculated in float64: the quotient in the exponent, felt log(temperature) times as
+        much, the power and its inverse, 1 u of float64 each.
+        """
+        scalar = oracle.Oracle()
+        values = np.asarray(scalar.sincos_features(positions.v, dim, temperature), dtype=np.float64)
+        count, axes = dim // (2 * positions.shape[1]), positions.shape[1]
+        frequencies = np.tile(temperature ** -(np.arange(count) / count), 2)
+        angles = [positions.v[:, [axis]] * frequencies for axis in range(axes)]
+        steep, double = abs(math.log(temperature)), 2.0**-53 / self.u
+        hard, sharp = 2 + (2 + steep) * double, math.sqrt(2 + (2 + steep**2) * double**2)
+        return self.turned(values, np.concatenate(angles, axis=1), hard, sharp)
+
+    def turned(self, values, angle, hard, sharp):
+        """The sines and cosines of angles that are off by so many of their own u; sine and cosine of libm: 2 u."""
+        angle = np.abs(angle)
         slope = np.sqrt(np.maximum(1 - values**2, 0.0))
 
         def error(c):
             return np.minimum(slope * c * angle + self.u * (c * angle) ** 2, 2 / self.u) + 2 * np.abs(values)
 
         # Where nothing turns, a position is copied and the sine and cosine of 0 are exact.
-        h, t = (np.where(angle > 0, e, 0.0) for e in (error(6.0), self.signs(values.shape) * error(2.0)))
+        h, t = (np.where(angle > 0, e, 0.0) for e in (error(hard), self.signs(values.shape) * error(sharp)))
         return Tracked(values, h, t)
 
 

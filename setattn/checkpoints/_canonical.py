@@ -6,6 +6,7 @@ block then run over the same memory as before, and round the same.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,45 +43,8 @@ _FUNCTIONS: dict[str, type] = {
 _NODES = {name: kind for name, kind in vars(trees).items() if isinstance(kind, type) and hasattr(kind, "_fields")}
 
 
-def save(path: str | os.PathLike[str], block: Block) -> None:
-    """Save a block to a ``.safetensors`` file, in the library's own layout.
-
-    Parameters
-    ----------
-    path : path
-        The file. It is written beside its place and moved there when it is whole.
-    block : Block
-        The block, with parameters of any library.
-
-    Returns
-    -------
-    None
-        Reading the file with :func:`load` gives the same function, options and, bit by bit, parameters. They lie in
-        memory as they did, so that NumPy's results are the same, too.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be written.
-    ParameterError, OptionError
-        If the block calls no function of the library, or something in it has no place in a file.
-
-    See Also
-    --------
-    load : The reverse.
-
-    Examples
-    --------
-    >>> import pathlib, tempfile, setattn
-    >>> block = setattn.Block("isab", setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0), {"eps": 1e-6})
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = pathlib.Path(folder, "isab.safetensors")
-    ...     setattn.save(path, block)
-    ...     setattn.load(path)
-    <setattn.Block isab, eps=1e-06: 808 parameters>
-    """
-    import json
-
+def save_block(path: str | os.PathLike[str], block: Block) -> None:
+    """Save a block; see :func:`setattn.save`."""
     if not isinstance(block, Block):
         raise ParameterError("save", "block", f"a {type(block).__qualname__}", "a setattn.Block")
     kind = _FUNCTIONS.get(block.function)
@@ -139,7 +103,6 @@ def is_canonical(source: Source) -> bool:
 
 def load_canonical(source: Source, read: Callable[[str], Array], prefix: str, options: Mapping[str, Any]) -> Block:
     """Load what :func:`save` wrote."""
-    import json
 
     def broken(wanted: str) -> CheckpointError:
         return CheckpointError("load", "source", source.name, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from setattn._typing import Shape
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._options import for_matching
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._registry import known_layouts
 from setattn.checkpoints._weights import Findings, Weights
 
 
@@ -51,7 +52,7 @@ def fits(
 ) -> list[Fit]:
     """Match all layouts, or one, under a prefix, or under all that come into question; the best ones come first."""
     found: list[Fit] = []
-    for candidate in layouts().values() if layout is None else (layout,):
+    for candidate in known_layouts().values() if layout is None else (layout,):
         options = for_matching(candidate, given, config)
         places = _prefixes(candidate, shapes) if prefix is None else [prefix]
         found.extend(fit(candidate, shapes, place, options) for place in places)
@@ -76,10 +77,13 @@ def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """List names, those that differ in one number alone as one: ``layers.{0..5}.weight``."""
-    import re
+    return ", ".join(grouped(names))
 
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names that differ in one number alone, under the name that stands for them."""
     pending = dict.fromkeys(names)
-    lines = []
+    lines: dict[str, list[str]] = {}
     while pending:
         name = next(iter(pending))
         parts = re.split(r"(?<![^./])(\d+)(?![^./])", name)
@@ -94,5 +98,5 @@ def listed(names: Iterable[str]) -> str:
                 name = "".join([*parts[:i], f"{{{parts[i]}..{number - 1}}}", *parts[i + 1 :]])
         for other in best:
             del pending[other]
-        lines.append(name)
-    return ", ".join(lines)
+        lines[name] = best
+    return lines

@@ -14,86 +14,25 @@ from setattn.checkpoints._canonical import is_canonical, load_canonical
 from setattn.checkpoints._fit import Fit, fits, listed
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._options import choose_options, read_config
-from setattn.checkpoints._registry import layouts
+from setattn.checkpoints._registry import known_layouts
 from setattn.checkpoints._sources import Source, open_source
 from setattn.checkpoints._weights import Findings, Weights
 
 
-def load(
+def load_block(
     source: Any,
-    /,
-    layout: str | None = None,
-    *,
-    prefix: str = "",
-    config: Any = None,
-    xp: Namespace | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    allow_nonfinite: bool = False,
-    **options: Any,
+    layout: str | None,
+    prefix: str,
+    config: Any,
+    xp: Namespace | None,
+    device: Any,
+    dtype: Any,
+    allow_nonfinite: bool,
+    options: Mapping[str, Any],
 ) -> Block:
-    """Load a block from a weights file, or a mapping, of a known layout.
-
-    Parameters
-    ----------
-    source : path or mapping
-        A ``.safetensors`` or ``.npz`` file, or arrays of any library by their names, such as a ``state_dict()`` or a
-        tree of Flax or Haiku. Nothing in a file is ever executed; a pickled one is refused.
-    layout : str, optional
-        Name of the layout, one of :func:`layouts`, or ``"setattn"`` for what :func:`save` wrote. If not given it is
-        recognised by the names of the tensors, where exactly one layout has these.
-    prefix : str, default ""
-        What the names of the block's tensors begin with; tensors without it are left alone.
-    config : path or mapping, optional
-        A ``config.json`` of Hugging Face, or its content, to take options from; the one beside the file if not given.
-    xp : module, optional
-        The array library of the parameters; NumPy for a file, that of its arrays for a mapping.
-    device, dtype : optional
-        As for :func:`convert_params`. Tensors of bfloat16 stay so where the library has it, and become float32,
-        exactly, where it lacks it.
-    allow_nonfinite : bool, default False
-        Whether NaN and infinite weights are let through.
-    **options
-        What the shapes of the tensors do not say, such as ``num_heads``: the options of the layout.
-
-    Returns
-    -------
-    Block
-        The parameters and the options that the function takes, ready to be called. Arrays that are already as they are
-        needed are not copied.
-
-    Raises
-    ------
-    CheckpointError
-        If the source cannot be read, is broken, or is not of the layout. The message names every tensor that is
-        missing, unexpected or of a wrong shape, and the prefix or the layout that would fit.
-    OptionError
-        If an option is unknown, missing or out of its range.
-    DTypeError, NamespaceError
-        If the tensors are of several dtypes and none is asked for, or cannot be converted.
-
-    See Also
-    --------
-    layouts : The known layouts and their options.
-    save : The reverse, in one layout of its own.
-
-    Examples
-    --------
-    >>> import numpy as np, setattn
-    >>> shapes = {"probe": (1, 1, 8), "attention.in_proj_weight": (24, 8), "attention.in_proj_bias": (24,)}
-    >>> shapes |= {"attention.out_proj.weight": (8, 8), "attention.out_proj.bias": (8,)}
-    >>> shapes |= {"layernorm.weight": (8,), "layernorm.bias": (8,), "mlp.fc1.weight": (16, 8), "mlp.fc1.bias": (16,)}
-    >>> shapes |= {"mlp.fc2.weight": (8, 16), "mlp.fc2.bias": (8,)}
-    >>> rng = np.random.default_rng(0)
-    >>> weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    >>> block = setattn.load(weights, layout="siglip", num_heads=2)
-    >>> block
-    <setattn.Block attention_pool, activation='gelu_tanh', eps=1e-06: 592 parameters, layout siglip>
-    >>> block(np.ones((4, 5, 8))).shape
-    (4, 1, 8)
-    """
-    if layout is not None and layout != "setattn" and layout not in layouts():
-        wanted = "one of " + ", ".join(map(repr, (*layouts(), "setattn")))
+    """Load a block; see :func:`setattn.load`."""
+    if layout is not None and layout != "setattn" and layout not in known_layouts():
+        wanted = "one of " + ", ".join(map(repr, (*known_layouts(), "setattn")))
         raise OptionError("load", "layout", repr(layout), wanted)
     if not isinstance(prefix, str):
         raise OptionError("load", "prefix", repr(prefix), "what the names of the tensors begin with")
@@ -102,7 +41,7 @@ def load(
     if layout == "setattn" or (layout is None and is_canonical(opened)):
         return load_canonical(opened, reader.read, prefix, options)
     known = read_config(config, opened.folder)
-    chosen = layouts()[layout] if layout is not None else _recognised(opened, prefix, options, known)
+    chosen = known_layouts()[layout] if layout is not None else _recognised(opened, prefix, options, known)
     values = choose_options(chosen, options, known)
     _check_names(opened, chosen, prefix, options, known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,6 @@ _ACTIVATIONS = {
 
 def read_config(config: Any, folder: Path | None) -> Mapping[str, Any]:
     """Return a configuration: a mapping, the content of a file, or of the ``config.json`` beside the weights."""
-    import json
-
     if isinstance(config, Mapping):
         return config
     if config is None:
@@ -70,17 +69,25 @@ def for_matching(layout: Layout, given: Mapping[str, Any], config: Mapping[str, 
     return values
 
 
-def _value(layout: Layout, option: Option, given: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    if option.name in given:
-        return _checked(option, given[option.name], option.name)
+def configured(option: Option, config: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the field of a configuration that holds an option, and what stands there; no name if there is none."""
     for field in option.config:
         value: Any = config
         for part in field.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
-            if option.kind is str and isinstance(value, str):
-                value = _ACTIVATIONS.get(value, value)
-            return _checked(option, value, f"config: {field}")
+            return field, value
+    return "", None
+
+
+def _value(layout: Layout, option: Option, given: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    if option.name in given:
+        return _checked(option, given[option.name], option.name)
+    field, value = configured(option, config)
+    if field:
+        if option.kind is str and isinstance(value, str):
+            value = _ACTIVATIONS.get(value, value)
+        return _checked(option, value, f"config: {field}")
     if option.default is REQUIRED:
         where = f" (in a config.json: {' or '.join(option.config)})" if option.config else ""
         kind = "an integer" if option.kind is int else "a value"

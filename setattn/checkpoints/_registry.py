@@ -7,30 +7,20 @@ import importlib
 
 from setattn.checkpoints._layout import Layout
 
-FAMILIES = ("gated", "perceiver_krasserm", "perceiver_lucidrains", "pooling", "set_transformer", "tabular")
+FAMILIES = (
+    "gated",
+    "perceiver",
+    "perceiver_krasserm",
+    "perceiver_lucidrains",
+    "pooling",
+    "resamplers",
+    "set_transformer",
+    "tabular",
+)
 
 
 @functools.cache
-def _all() -> dict[str, Layout]:
+def known_layouts() -> dict[str, Layout]:
+    """Return the layouts by their names; the same ones every time."""
     modules = [importlib.import_module(f"setattn.checkpoints.{family}") for family in FAMILIES]
     return {layout.name: layout for module in modules for layout in module.LAYOUTS}
-
-
-def layouts() -> dict[str, Layout]:
-    """Return the layouts of weights that :func:`load` knows.
-
-    Returns
-    -------
-    dict of str to Layout
-        Each layout by its name, which is the value of ``layout=``, with the implementation it is of, the functions its
-        blocks call and its options.
-
-    Examples
-    --------
-    >>> import setattn
-    >>> setattn.layouts()["siglip"].functions
-    ('attention_pool',)
-    >>> [option.name for option in setattn.layouts()["siglip"].options]
-    ['num_heads', 'eps', 'activation']
-    """
-    return dict(_all())

@@ -7,6 +7,7 @@ a file is broken, and knows no bfloat16 where NumPy lacks it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,8 +87,6 @@ def _broken(path: Path, wanted: str) -> CheckpointError:
 
 
 def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    import json
-
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -165,8 +164,6 @@ _KINDS = {name: (kind, np.dtype(stored)) for kind, (stored, name) in _DTYPES.ite
 
 def write_safetensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
     """Write arrays of any library, one after another."""
-    import json
-
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, a in arrays.items():

@@ -33,6 +33,7 @@ class Findings:
         self.missing: list[str] = []
         self.problems: list[str] = []
         self.sizes: dict[str, Size] = {}
+        self.axes: dict[str, tuple[Axis, ...]] = {}  # of the tensors, as they were asked for
 
 
 class Weights:
@@ -91,12 +92,9 @@ class Weights:
     # --- arrays and the parts of a tree ---
 
     def array(self, key: str, *axes: Axis) -> Array:
-        """Return a tensor of these axes; the leading ones that are 1 are dropped."""
-        a = self._take(key, axes)
-        leading = 0
-        while leading < len(axes) and axes[leading] == 1:
-            leading += 1
-        return a if _is_hole(a) or not leading else self._reshaped(a, axes[leading:])
+        """Return a tensor of these axes; those that are always 1 are dropped."""
+        a, kept = self._take(key, axes), [axis for axis in axes if axis != 1]
+        return a if _is_hole(a) or len(kept) == len(axes) else self._reshaped(a, kept)
 
     def row(self, key: str, axis: int | str) -> Array:
         """Return a tensor of one axis with an axis of 1 in front."""
@@ -157,6 +155,7 @@ class Weights:
     def _take(self, key: str, axes: Sequence[Axis]) -> Array:
         """Return a tensor as it is, or a hole in its place."""
         name = self._prefix + key
+        self._f.axes.setdefault(name, tuple(axes))
         if name not in self._f.shapes:
             if name not in self._f.missing:
                 self._f.missing.append(name)

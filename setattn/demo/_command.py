@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import setattn
-from setattn.demo._backends import BACKENDS, load_backend
+from setattn._commands._backends import BACKENDS, load_backend
+from setattn._commands._errors import CommandError, to_install, whole_number
+from setattn._commands._files import check_writable, write_whole
 from setattn.demo._data import load_digits, shuffle, to_images, to_sets
-from setattn.demo._errors import DemoError, to_install, whole_number
-from setattn.demo._files import check_writable, write_whole
 from setattn.demo._model import load_model, logits, seed_attention
 
 HELD_OUT = 500
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         out = check_writable(args.out)
         xp, version = load_backend(args.backend)
         _demo(xp, f"{args.backend} {version}", args.sets, args.out, out)
-    except DemoError as error:
+    except CommandError as error:
         print(f"python -m setattn demo: {error}", file=sys.stderr)
         return 2
     return 0
@@ -119,7 +119,7 @@ def _require(*packages: str) -> None:
         except ImportError:
             missing.append(package)
     if missing:
-        raise DemoError(f"missing {', '.join(missing)}; install what the demo needs: {to_install('demo')}")
+        raise CommandError(f"missing {', '.join(missing)}; install what the demo needs: {to_install('demo')}")
 
 
 def _png(text: str) -> Path:

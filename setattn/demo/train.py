@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 import setattn
+from setattn._commands._errors import CommandError, to_install, whole_number
+from setattn._commands._files import check_writable, write_whole
 from setattn.demo._data import load_digits, to_sets
-from setattn.demo._errors import DemoError, to_install, whole_number
-from setattn.demo._files import check_writable, write_whole
 from setattn.demo._model import WEIGHTS, flatten, init_model, logits
 
 BATCH = 64
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _run(args)
-    except DemoError as error:
+    except CommandError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -160,7 +160,9 @@ def _run(args: argparse.Namespace) -> int:
         from safetensors.numpy import save
     except ImportError as error:
         install = to_install("demo,torch")
-        raise DemoError(f"training needs the package {error.name}, which is missing; install it: {install}") from error
+        raise CommandError(
+            f"training needs the package {error.name}, which is missing; install it: {install}"
+        ) from error
 
     digits = load_digits(held_out=False)
     if args.validate:

@@ -1,4 +1,4 @@
-"""The array libraries the demo can run on: the one place outside the library's own that names them."""
+"""The array libraries that commands can run on: the one place outside the library's own that names them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib
 import warnings
 from typing import NamedTuple
 
+from setattn._commands._errors import CommandError, first_line, to_install
 from setattn._typing import Namespace
-from setattn.demo._errors import DemoError, first_line, to_install
 
 
 class Backend(NamedTuple):
@@ -32,7 +32,7 @@ def load_backend(name: str) -> tuple[Namespace, str]:
 
     Raises
     ------
-    DemoError
+    CommandError
         If it is not installed, or does not work on this machine.
     """
     backend = BACKENDS[name]
@@ -44,7 +44,7 @@ def load_backend(name: str) -> tuple[Namespace, str]:
             xp.ones((1, 1)) @ xp.ones((1, 1)) + 1.0  # a library for GPUs comes to its GPU only now
     except ModuleNotFoundError as error:
         install = to_install(*backend.extras)
-        raise DemoError(f"the package {error.name} is not installed; install it: {install}") from error
+        raise CommandError(f"the package {error.name} is not installed; install it: {install}") from error
     except Exception as error:
-        raise DemoError(f"{name} is installed but does not work on this machine: {first_line(error)}") from error
+        raise CommandError(f"{name} is installed but does not work on this machine: {first_line(error)}") from error
     return xp, version

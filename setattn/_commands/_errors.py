@@ -1,4 +1,4 @@
-"""What stops the demo without being a fault of the program: said in one line, without a traceback."""
+"""What stops a command without being a fault of the program: said in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 
-class DemoError(Exception):
+class CommandError(Exception):
     """Something the user can put right, in one line that says how."""
 
 

@@ -1,0 +1,1 @@
+"""The commands ``inspect``, ``run`` and ``convert``, and what all commands share. The library never imports them."""
