@@ -119,19 +119,23 @@ class _Inputs:
         places: dict[str, Any] = {"elements": self.add(x, *batch, rows, f"{rows} features")}
         for name, axes in (("mask", (rows,)), ("pair_mask", ("m", rows)), ("bias", (rows,))):
             if (array := getattr(c, name)) is not None:
-                places[name] = self.add(array, *batch, *axes)
+                places |= {name: self.add(array, *batch, *axes)}
         if (keys := c.key_positions) is not None:
-            keys = keys.rechunk({-1: -1})
-            places["key_positions"] = self.add(keys, *batch[: len(keys.shape) - 2], rows, f"{rows} keys")
+            own = batch[: len(keys.shape) - 2]
+            places |= {"key_positions": self.add(keys.rechunk({-1: -1}), *own, rows, f"{rows} keys")}
         if isinstance(c.embedding, InputEmbedding):
-            tables: dict[str, Any] = {}
-            for name in ("position", "features"):
-                if not is_absent(table := getattr(c.embedding, name)):  # with the chunks of the elements
-                    table = _lazy(table).rechunk({0: x.chunks[-2], 1: -1})
-                    tables[name] = self.add(table, rows, f"{rows} of {name}")
-            others = self.params(c.embedding._replace(position=(), features=()))
-            places["embedding"] = others._replace(**tables)
+            places |= {"embedding": self.embedding(c.embedding, rows, x.chunks[-2])}
         return c._replace(**places)
+
+    def embedding(self, p: InputEmbedding, rows: str, chunks: tuple[int, ...]) -> InputEmbedding:
+        """Take the tables with a row for each element in, in the chunks of these, and all else as parameters."""
+        tables: dict[str, Any] = {}
+        for name in ("position", "features"):
+            if not is_absent(table := getattr(p, name)):
+                table = _lazy(table).rechunk({0: chunks, 1: -1})
+                tables |= {name: self.add(table, rows, f"{rows} of {name}")}
+        others: InputEmbedding = self.params(p._replace(position=(), features=()))
+        return others._replace(**tables)
 
     def params(self, p: Any) -> Any:
         """Take the arrays of parameters in, and return their places, counted from -1 down."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import signal
 import threading
@@ -25,9 +24,10 @@ DASK = BACKENDS["dask"]
 BLOCKS = {"isab": 2, "pma": 1, "attention_pool": 1, "cross_attention": 1, "perceiver_resampler": 2}
 
 NAMES = [
-    *("mab", "sab", "isab", "isab-length", "pma", "set_transformer", "attention_pool", "cross_attention", "perceiver"),
-    *("perceiver-whole", "perceiver-features", "perceiver-tokens", "perceiver_io", "perceiver_resampler"),
-    *("perceiver_resampler-length", "perceiver_resampler-frames"),
+    *("mab", "sab", "isab", "isab-length", "pma", "set_transformer", "cross_attention", "perceiver", "perceiver_io"),
+    *("attention_pool", "attention_pool-all-positions", "perceiver-whole", "perceiver-features"),
+    *("perceiver_io-embedded", "perceiver_resampler", "perceiver_resampler-length"),
+    *("perceiver_resampler-media-frames-mean", "perceiver_resampler-idefics2"),
 ]
 
 CHUNKINGS = {
@@ -76,8 +76,6 @@ def compute(out, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_any_chunks(name, chunking):
     """With parameters in memory, whatever the chunks are, the value is right and nothing is computed early."""
-    if name not in cases.NAMES:
-        pytest.skip("no such case")
     case, value, bound = cases.expected(name, "float32")
     arrays = tuple(cut(a, CHUNKINGS[chunking]) for a in case.arrays)
     masks = {key: cut(m, CHUNKINGS[chunking]) for key, m in case.masks.items()}
@@ -131,10 +129,8 @@ def test_sizes_may_be_unknown(name, masked):
     mask = np.random.default_rng(1).random(x.shape[:-1]) > 0.3
     keep, sets = np.random.default_rng(2).random(50) > 0.5, np.array([True, False, True])
     lazy, lazy_mask = da.from_array(x, chunks=(2, 10, 8)), da.from_array(mask, chunks=(2, 10))
-    for index in ((slice(None), keep), (sets,), (sets, slice(None))):
-        chosen = tuple(da.from_array(i, chunks=c) if isinstance(i, np.ndarray) else i for i, c in zip(index, (2, 10)))
-        if len(index) == 2 and index[1] is keep:
-            chosen = (slice(None), da.from_array(keep, chunks=10))
+    of_elements, of_sets = da.from_array(keep, chunks=10), da.from_array(sets, chunks=2)
+    for index, chosen in (((slice(None), keep), (slice(None), of_elements)), ((sets,), (of_sets,))):
         some = {"mask": lazy_mask[chosen]} if masked else {}
         out = lazily(function, lazy[chosen], p, **some)
         value = function(x[index], p, **({"mask": mask[index]} if masked else {}))
@@ -214,7 +210,7 @@ def test_a_chunk_of_another_length_is_found_when_it_is_computed():
     keep, other = (da.from_array(np.arange(50) % k > 0, chunks=10) for k in (2, 3))
     lazy, mask = da.from_array(x, chunks=(3, 10, 8)), da.ones((3, 50), chunks=(3, 10), dtype=bool)
     out = lazily(setattn.pma, lazy[:, keep], params["pma"], mask=mask[:, other])
-    with pytest.raises(ValueError, match="broadcast|shape"):
+    with pytest.raises(ValueError, match=r"broadcast|shape"):
         compute(out)
 
 
@@ -268,8 +264,3 @@ def test_two_processes_one_of_them_killed(cluster):
     threading.Timer(0.7, os.kill, (next(iter(pids.values())), signal.SIGKILL)).start()
     assert np.array_equal(future.result(timeout=120), value)
     assert set(cluster.run(os.getpid).values()) != set(pids.values()), "no worker was lost"
-
-
-@pytest.mark.parametrize("name", [*BLOCKS, "set_transformer", "perceiver"])
-def test_documented(name):
-    assert "plan" in inspect.signature(getattr(setattn, name)).parameters
