@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from setattn import _check as check
-from setattn import _structure as structure
+from setattn import _parts as parts
 from setattn._attend import attend, by_queries, log_length_of
 from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
@@ -189,7 +189,7 @@ def _check_attention(
 ) -> Call:
     call = begin(function, "query", query)
     q, y = check.data(call, "query", query, "m, dim"), check.data(call, "context", context)
-    structure.attention(call, "params", params, q, y)
+    parts.attention(call, "params", params, q, y)
     check.same_batch(call, "query", query, context)
     check.context_mask(call, mask, context, "context")
     check.pair_mask(call, pair_mask, query, context, "query and context")

@@ -400,12 +400,11 @@ def test_run_refuses_options(refused):
     assert got == "--option num_heads is 'two'; wanted an integer of at least 1"
     got = refused(*call, *HEAD, "--option", "eps=nan")
     assert got == "--option eps is nan; wanted a finite number of at least 0"
-    got = refused(*call, *HEAD, "--option", "heads=2")
-    assert got == "--option heads is an unknown option; wanted one of layout 'siglip': num_heads, eps, activation"
     assert refused(*call, *HEAD, "--option", "num_heads=2") == "--option num_heads is given twice"
-    for name in ("layout", "prefix", "config", "xp", "device", "dtype", "allow_nonfinite"):
-        assert refused(*call, "--option", f"{name}=1") == f"--option {name} is no option of a layout"
-    assert "num_heads, eps, activation" in refused(*call, *HEAD, "--option", "source=1")
+    for name in ("heads", "source", "layout", "prefix", "config", "xp", "device", "dtype", "allow_nonfinite"):
+        assert refused(*call, "--option", f"{name}=1") == f"--option {name} is no option of any layout"
+    got = refused(*call, *HEAD, "--option", "depth=2")
+    assert got == "--option depth is an unknown option; wanted one of layout 'siglip': num_heads, eps, activation"
     for text in ("num_heads", "=3", "a b=3"):
         got = refused(*call, "--option", text)
         assert got == f"argument --option: {text!r} is not NAME=VALUE; see python -m setattn run --help"
@@ -421,7 +420,7 @@ def test_run_says_layouts_and_prefixes_as_arguments(refused):
     got = refused(*call, "--layout", "siglip", "--option", "num_heads=2")
     assert "missing probe" in got
     assert got.endswith(fits)
-    assert refused(*call, "--layout", "nope").startswith("--layout is 'nope'; wanted one of 'siglip', ")
+    assert refused(*call, "--layout", "nope").startswith("--layout is 'nope'; wanted one of '")
 
 
 def test_run_refuses_weights(refused, folder):
@@ -613,12 +612,13 @@ def test_convert_saves_what_load_loads(say):
     block, wanted = setattn.load("own.safetensors"), head(activation="gelu")
     assert (block.function, block.options, block.layout) == (wanted.function, wanted.options, "siglip")
     assert [a.tobytes() for a in leaves(block)] == [a.tobytes() for a in leaves(wanted)]
+    assert block(X).tobytes() == wanted(X).tobytes()
     assert say("convert", "own.safetensors", "half.safetensors", "--dtype", "float16")[0] == 0
     assert setattn.load("half.safetensors").params.probe.dtype == np.float16
     np.savez("w.npz", **weights())
     assert say("convert", "w.npz", "w.safetensors", "--option", "num_heads=2")[0] == 0
     assert say("run", "own.safetensors", "x.npy", "y.npy")[0] == 0
-    assert np.array_equal(np.load("y.npy"), block(X))
+    assert np.array_equal(np.load("y.npy"), wanted(X))
 
 
 def test_convert_refuses(refused, folder):
@@ -692,7 +692,26 @@ def test_inspect_says_why_nothing_fits(say, folder):
     assert "dtypes   float64 (1 tensor, 24 bytes), int64 (1 tensor, 16 bytes)\n" in output
     assert "No tensor of a known layout is here." in output
     assert f"  {'siglip':24} probe\n" in output
-    assert "under prefix 'b'" in say("inspect", "head.safetensors", "--prefix", "b")[1]
+    _, output, _ = say("inspect", "other.npz", "--prefix", "b")
+    assert "No tensor of a known layout is here under prefix 'b'." in output
+
+
+def test_inspect_takes_options(say, refused, folder):
+    assert say("inspect", "head.safetensors", "--option", "num_heads=5")[0] == 0
+    _, output, _ = say("inspect", "head.safetensors", "--option", "num_heads=5")
+    assert "No layout fits whole. Those that come nearest:\n" in output
+    assert f"  siglip under prefix {PREFIX!r}: all names are in both\n" in output
+    assert "attention.in_proj_weight of shape (3 * 5 * " in output
+    assert "    option num_heads = 5  (number of heads of the attention)\n" in output
+    _, output, _ = say("inspect", "head.safetensors", "--option", "num_heads=2", "--option", "activation=relu")
+    assert "attention.query.weight (dim 8, num_heads 2, head_dim 4)" in words(output)
+    assert output.endswith(" --option num_heads=2 --option activation=relu\n")
+    [call] = [line for line in output.splitlines() if line.startswith("  setattn.load(")]
+    assert eval(call, {"setattn": setattn})(X).tobytes() == head(activation="relu")(X).tobytes()
+    _, output, _ = say("inspect", "head.safetensors", "--option", "num_heads=two")
+    assert "  num_heads is not usable: what is given is 'two'; wanted an integer of at least 1\n" in output
+    got = refused("inspect", "head.safetensors", "--option", "heads=2")
+    assert got == "--option heads is no option of any layout"
 
 
 def test_inspect_looks_where_it_is_told(say, folder):
@@ -701,7 +720,34 @@ def test_inspect_looks_where_it_is_told(say, folder):
     _, output, _ = say("inspect", "two.safetensors", "--prefix", "a.1.")
     assert "where    prefix a.1.\n" in output
     _, output, _ = say("inspect", "two.safetensors", "--prefix", "a.")
-    assert "No " in output.splitlines()[3]
+    assert "No layout fits whole under prefix 'a.'. What would fit:" in output
+    assert "attention_pool siglip 2 times, prefixes a.{0..1}." in words(output)
+
+
+def test_inspect_tells_parts_of_a_model_in_short(say):
+    """The authors' Set Transformer, whose heads divide a width, and which is made of blocks of the same layout."""
+
+    def affine(key, dim):
+        return {f"{key}.weight": (4, dim), f"{key}.bias": (4,)}
+
+    def mab(key, x, y):
+        maps = {"fc_q": x, "fc_k": y, "fc_v": y, "fc_o": 4}
+        return {name: shape for part, dim in maps.items() for name, shape in affine(f"{key}.{part}", dim).items()}
+
+    shapes = {}
+    for i, dim in enumerate((3, 4)):
+        shapes |= {f"enc.{i}.I": (1, 2, 4)} | mab(f"enc.{i}.mab0", 4, dim) | mab(f"enc.{i}.mab1", dim, 4)
+    shapes |= {"dec.0.S": (1, 1, 4)} | mab("dec.0.mab", 4, 4) | affine("dec.1", 4)
+    np.savez("model.npz", **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    code, output, _ = say("inspect", "model.npz")
+    assert code == 0
+    assert output.count("layout   ") == 1
+    assert "block    set_transformer, " in output
+    output = words(output)
+    assert "encoder.0.mab_inducing.attention.key.weight (dim_x 3, num_heads, head_dim)" in output
+    assert "encoder.{0..1}.inducing_points (inducing points 2, dim 4)" in output
+    assert "parts of it that can be loaded on their own isab set-transformer prefix enc." in output
+    assert "pma set-transformer prefix dec.0." in output
 
 
 def test_inspect_says_which_dtype_is_to_be_asked_for(say, folder):

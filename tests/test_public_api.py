@@ -22,7 +22,7 @@ from setattn.checkpoints._registry import FAMILIES
 
 ROOT = Path(setattn.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
-LIBRARY = {name: path for name, path in SOURCES.items() if not name.startswith(("demo/", "__main__"))}
+LIBRARY = {name: path for name, path in SOURCES.items() if not name.startswith(("demo/", "_commands/", "__main__"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in LIBRARY.items()}
 
 PUBLIC = {name: getattr(setattn, name) for name in setattn.__all__}
@@ -298,6 +298,7 @@ LAYERS = [
     {"_namespace"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
+    {"_parts"},
     {"_structure", "_positions", "_layers", "_init/_draw"},
     {"_embedding", "_init/_layers"},
     {"_context"},
@@ -315,8 +316,8 @@ LAYERS = [
     {f"checkpoints/{family}" for family in FAMILIES},
     {"checkpoints/_registry"},
     {"checkpoints/_options"},
-    {"checkpoints/_fit"},
-    {"checkpoints/_load"},
+    {"checkpoints/_fit", "checkpoints/_words"},
+    {"checkpoints/_load", "checkpoints/_inspect"},
     {"checkpoints/_public"},
     {"__init__"},
 ]

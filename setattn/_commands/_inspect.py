@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from setattn._commands._errors import CommandError
-from setattn._commands._weights import BESIDE, add_config, add_file, in_words
+from setattn._commands._weights import BESIDE, add_file, add_settings, in_words, options_of
 from setattn._errors import ArgumentError
 from setattn.checkpoints._fit import grouped, listed
-from setattn.checkpoints._inspect import Miss, Place, Report, examine
+from setattn.checkpoints._inspect import Miss, Place, Report, Setting, examine
 from setattn.checkpoints._public import layouts
 
 _MOST = 5  # layouts that are told of where none fits
@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
         epilog="example: python -m setattn inspect model.safetensors",
     )
     add_file(parser)
-    add_config(parser)
+    add_settings(parser)
     parser.add_argument(
         "--prefix", metavar="TEXT", help="look only at tensors whose names begin with this, as those of one block"
     )
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     try:
         try:
-            report = examine(args.file, config=args.config, prefix=args.prefix)
+            report = examine(args.file, config=args.config, prefix=args.prefix, options=options_of(args))
         except ArgumentError as error:
             names = {"source": "FILE", "config": "--config" if args.config else BESIDE}
             raise CommandError(in_words(error, names)) from error
@@ -63,42 +63,50 @@ def _lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
             yield from _place(args, place)
             inner = [part for part in report.places if part.part_of in place.prefixes]
             if inner:
-                yield "parts of it that can be loaded on their own, by their prefix"
-            yield from (f"  {p.function:22} {p.layout:22} {listed(p.prefixes)}" for p in inner)
-    if report.places:
-        return
-    yield ""
-    where = "" if args.prefix is None else f" under prefix {args.prefix!r}"
-    if not report.misses:
-        yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
-        for layout in layouts().values():
-            yield f"  {layout.name:24} {', '.join(layout.anchors)}"
-        return
-    yield f"No layout fits whole{where}. Those that come nearest:"
+                yield "parts of it that can be loaded on their own"
+            yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in inner)
+    if report.places and report.misses:
+        yield ""
+        yield "All tensors are there also of these layouts, but not in the shapes that their options ask for:"
+    elif not report.places:
+        yield ""
+        yield from _nothing(args, report)
     for miss in report.misses[:_MOST]:
         yield from _miss(miss)
     if len(report.misses) > _MOST:
         yield f"  and {len(report.misses) - _MOST} that fit less well"
 
 
+def _nothing(args: argparse.Namespace, report: Report) -> Iterator[str]:
+    """Say that no layout fits, and what may be done."""
+    if args.prefix is not None:
+        everywhere = examine(args.file, config=args.config, options=options_of(args))
+        elsewhere = [place for place in everywhere.places if place.part_of is None]
+        if elsewhere:
+            yield f"No layout fits whole under prefix {args.prefix!r}. What would fit:"
+            yield from (f"  {p.function:22} {p.layout:22} {_where(p)}" for p in elsewhere)
+            return
+    where = "" if args.prefix is None else f" under prefix {args.prefix!r}"
+    if report.misses:
+        yield f"No layout fits whole{where}. Those that come nearest:"
+        return
+    yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
+    for layout in layouts().values():
+        yield f"  {layout.name:24} {', '.join(layout.anchors)}"
+
+
 def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     yield f"layout   {place.layout} ({place.original})"
     if place.prefixes != ("",):
-        times = f"{len(place.prefixes)} times, prefixes" if len(place.prefixes) > 1 else "prefix"
-        yield f"where    {times} {listed(place.prefixes)}"
+        yield f"where    {_where(place)}"
     each = " each" if len(place.prefixes) > 1 else ""
     yield f"block    {place.function}, {place.parameters} parameters{each}"
-    parts = dict(_parts(place))
-    width = max(map(len, parts))
-    yield from (f"  {name:{width}}  {shape}" for name, shape in parts.items())
+    shapes = dict(_parts(place))
+    width = max(map(len, shapes))
+    yield from (f"  {name:{width}}  {shape}" for name, shape in shapes.items())
     if place.settings:
         yield "options"
-    for name, value, origin, about in place.settings:
-        if origin in ("config", "default", "file"):
-            source = {"config": f"config.json: {about}", "default": f"default; {about}", "file": "in the file"}[origin]
-            yield f"  {name} = {value}  ({source})"
-        else:
-            yield f"  {name} is {'needed' if origin == 'needed' else 'not usable'}: {about}"
+    yield from (f"  {_setting(setting)}" for setting in place.settings)
     if guesses := [s.name for s in place.settings if s.origin in ("needed", "wrong")]:
         yield f"The dots stand for {' and '.join(guesses)}, which no shape says:"
     yield f"  {place.call}"
@@ -109,8 +117,22 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     words += [f"--prefix {shlex.quote(place.prefixes[0])}"] if place.prefixes[0] else []
     words += [f"--config {shlex.quote(str(args.config))}"] if args.config else []
     words += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
+    words += [f"--option {s.name}={s.value}" for s in place.settings if s.origin == "given"]
     words += [f"--option {name}=..." for name in guesses]
     yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(words)}"
+
+
+def _setting(setting: Setting) -> str:
+    name, value, origin, about = setting
+    if value is None and origin in ("needed", "wrong"):
+        return f"{name} is {'needed' if origin == 'needed' else 'not usable'}: {about}"
+    sources = {"config": f"config.json: {about}", "default": f"default; {about}", "file": "in the file"}
+    return f"{name} = {value}  ({sources.get(origin, about)})"
+
+
+def _where(place: Place) -> str:
+    times = f"{len(place.prefixes)} times, prefixes" if len(place.prefixes) > 1 else "prefix"
+    return f"{times} {listed(place.prefixes)}" if place.prefixes != ("",) else "no prefix"
 
 
 def _parts(place: Place) -> Iterator[tuple[str, str]]:
@@ -126,9 +148,12 @@ def _parts(place: Place) -> Iterator[tuple[str, str]]:
 
 def _miss(miss: Miss) -> Iterator[str]:
     where = f" under prefix {miss.prefix!r}" if miss.prefix else ""
-    yield f"  {miss.layout}{where}: {100 * miss.share:.0f} % of the names are in both"
+    share = "all names" if miss.share == 1 else f"{100 * miss.share:.0f} % of the names"
+    yield f"  {miss.layout}{where}: {share} are in both"
     for reason in miss.reasons:
         yield f"    {reason if len(reason) <= _LONGEST else reason[:_LONGEST] + ' ...'}"
+    if miss.share == 1:
+        yield from (f"    option {_setting(setting)}" for setting in miss.settings)
 
 
 def _number(n: int, what: str) -> str:

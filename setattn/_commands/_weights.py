@@ -41,7 +41,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--layout", metavar="NAME", help=f"layout of the file, recognised if not given: {', '.join(layouts())}, setattn"
     )
     parser.add_argument("--prefix", default="", metavar="TEXT", help="what the names of the block's tensors begin with")
-    add_config(parser)
+    add_settings(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="convert weights (and inputs) to this dtype (default: as they are)"
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite weights")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add what the shapes of tensors do not say."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a config.json with options (default: the one beside FILE, if any)"
+    )
     parser.add_argument(
         "--option",
         type=_option,
@@ -50,17 +61,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of the layout, such as num_heads=16; may be given several times",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="convert weights (and inputs) to this dtype (default: as they are)"
-    )
-    parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite weights")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the file that options are taken from."""
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a config.json with options (default: the one beside FILE, if any)"
-    )
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that a command line gives.
+
+    Raises
+    ------
+    CommandError
+        If one is given twice, or no layout has it.
+    """
+    options: dict[str, Any] = {}
+    known = {option.name for layout in layouts().values() for option in layout.options}
+    for name, value in args.option:
+        if name in options:
+            raise CommandError(f"--option {name} is given twice")
+        if name not in known:
+            raise CommandError(f"--option {name} is no option of any layout")
+        options[name] = value
+    return options
 
 
 def load_block(args: argparse.Namespace) -> Block:
@@ -71,17 +90,10 @@ def load_block(args: argparse.Namespace) -> Block:
     CommandError
         If that cannot be.
     """
-    options: dict[str, Any] = {}
-    for name, value in args.option:
-        if name in options:
-            raise CommandError(f"--option {name} is given twice")
-        options[name] = value
+    options = options_of(args)
     names = _ARGUMENTS | {name: f"--option {name}" for name in options}
     if args.config is None:
         names["config"] = BESIDE
-    reserved = {"layout", "prefix", "config", "xp", "device", "dtype", "allow_nonfinite"} & options.keys()
-    if reserved:
-        raise CommandError(f"--option {min(reserved)} is no option of a layout")
     dtype = None if args.dtype is None else getattr(np, args.dtype)
     try:
         return load(

@@ -10,7 +10,6 @@ import numpy as np
 
 from setattn._errors import OptionError
 from setattn._params import count_params
-from setattn._typing import Shape
 from setattn.checkpoints._canonical import is_canonical, load_canonical
 from setattn.checkpoints._fit import Fit, fits, grouped, listed
 from setattn.checkpoints._layout import Layout
@@ -33,7 +32,7 @@ class Setting(NamedTuple):
 
     name: str
     value: Any
-    origin: str  # "config" and "default" where the value is known, "needed" and "wrong" where it is not
+    origin: str  # "given", "config", "default", "file" where the value is known; "needed", "wrong" where it is not
     about: str
 
 
@@ -58,6 +57,7 @@ class Miss(NamedTuple):
     prefix: str
     share: float  # of its tensors and the file's under the prefix, those that are in both
     reasons: tuple[str, ...]
+    settings: tuple[Setting, ...]  # of which one may be wrong, where all tensors are there
 
 
 class Report(NamedTuple):
@@ -66,10 +66,12 @@ class Report(NamedTuple):
     tensors: int
     dtypes: dict[str, DTypeShare]
     places: tuple[Place, ...]
-    misses: tuple[Miss, ...]  # the best first; none where a layout fits
+    misses: tuple[Miss, ...]  # the best first; where a layout fits, those alone whose tensors are all there
 
 
-def examine(source: Any, *, config: Any = None, prefix: str | None = None) -> Report:
+def examine(
+    source: Any, *, config: Any = None, prefix: str | None = None, options: Mapping[str, Any] | None = None
+) -> Report:
     """Look at the names and shapes of a file's tensors, or a mapping's.
 
     Parameters
@@ -78,6 +80,8 @@ def examine(source: Any, *, config: Any = None, prefix: str | None = None) -> Re
         As for :func:`load`.
     prefix : str, optional
         What the names of the block's tensors begin with; all places that come into question if not given.
+    options : mapping, optional
+        Options of layouts; those that a layout does not have are not for it.
 
     Returns
     -------
@@ -93,16 +97,25 @@ def examine(source: Any, *, config: Any = None, prefix: str | None = None) -> Re
     file = None if opened.folder is None else str(source)
     if is_canonical(opened):
         return Report(len(opened.shapes), dtypes, (_saved(opened, file),), ())
-    known = read_config(config, opened.folder)
-    found = fits(opened.shapes, {}, known, prefix=prefix)
+    what = _Known(file, opened, options or {}, read_config(config, opened.folder), config)
+    found = fits(opened.shapes, what.options, what.config, prefix=prefix)
+    good = [f for f in found if f.is_whole and not f.problems]
     places = [
-        _place(several[0], opened.shapes, known, _call(file, several[0], opened, known, config))._replace(
-            prefixes=tuple(f.prefix for f in several), part_of=outer
-        )
-        for several, outer in _alike([f for f in found if f.is_whole and not f.problems], opened)
+        _place(several[0], what)._replace(prefixes=tuple(f.prefix for f in several), part_of=outer)
+        for several, outer in _alike(good, opened)
     ]
-    misses = [] if places else [_miss(f) for f in found if f.used]
-    return Report(len(opened.shapes), dtypes, tuple(places), tuple(misses))
+    misses = [f for f in found if f.used and f not in good and (f.is_whole or not places)]
+    return Report(len(opened.shapes), dtypes, tuple(places), tuple(_miss(f, what) for f in misses))
+
+
+class _Known(NamedTuple):
+    """What is known of a file, and of the options."""
+
+    file: str | None
+    source: Source
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    given_config: Any
 
 
 def _alike(good: list[Fit], source: Source) -> Iterator[tuple[list[Fit], str | None]]:
@@ -134,54 +147,60 @@ def _saved(source: Source, file: str | None) -> Place:
     return Place("setattn", origin, ("",), block.function, parts, count_params(block.params), settings, call)
 
 
-def _place(f: Fit, shapes: Mapping[str, Shape], config: Mapping[str, Any], call: str) -> Place:
-    settings = _settings(f.layout, config)
-    unknown = {s.name for s in settings if s.origin in ("needed", "wrong")}
-    mine = {name: shapes[name] for name in f.used}
-    block, parts = name_dims(f.layout, mine, f.prefix, for_matching(f.layout, {}, config), unknown)
-    count = count_params(block.params)
-    return Place(f.layout.name, f.layout.original, (f.prefix,), block.function, parts, count, settings, call)
+def _place(f: Fit, known: _Known) -> Place:
+    settings = _settings(f.layout, known)
+    unknown = {s.name for s in settings if s.value is None and s.origin in ("needed", "wrong")}
+    mine = {name: known.source.shapes[name] for name in f.used}
+    values = for_matching(f.layout, known.options, known.config)
+    block, parts = name_dims(f.layout, mine, f.prefix, values, unknown)
+    parameters, call = count_params(block.params), _call(f, settings, known)
+    return Place(f.layout.name, f.layout.original, (f.prefix,), block.function, parts, parameters, settings, call)
 
 
-def _settings(layout: Layout, config: Mapping[str, Any]) -> tuple[Setting, ...]:
+def _settings(layout: Layout, known: _Known) -> tuple[Setting, ...]:
     found = []
     for option in layout.options:
         one = layout._replace(options=(option,))
-        field, _ = configured(option, config)
+        given = {name: value for name, value in known.options.items() if name == option.name}
+        field, _ = configured(option, known.config)
         try:
-            value = choose_options(one, {}, config)[option.name]
+            value = choose_options(one, given, known.config)[option.name]
         except OptionError as error:
-            if field:
-                found.append(Setting(option.name, None, "wrong", f"{field} is {error.got}; wanted {error.wanted}"))
+            if field or given:
+                name = field if not given else "what is given"
+                found.append(Setting(option.name, None, "wrong", f"{name} is {error.got}; wanted {error.wanted}"))
                 continue
             where = f"; in a config.json {' or '.join(option.config)}" if option.config else ""
             found.append(Setting(option.name, None, "needed", f"{option.about}{where}"))
         else:
-            origin = "config" if field else "default"
-            found.append(Setting(option.name, value, origin, field or option.about))
+            origin = "given" if given else "config" if field else "default"
+            about = field if origin == "config" else option.about
+            found.append(Setting(option.name, value, origin, about))
     return tuple(found)
 
 
-def _call(file: str | None, f: Fit, source: Source, config: Mapping[str, Any], given: Any) -> str:
+def _call(f: Fit, settings: tuple[Setting, ...], known: _Known) -> str:
     """Write the call that loads a block."""
-    parts = ["..." if file is None else repr(file), f"layout={f.layout.name!r}"]
+    parts = ["..." if known.file is None else repr(known.file), f"layout={f.layout.name!r}"]
     if f.prefix:
         parts.append(f"prefix={f.prefix!r}")
-    if given is not None:
-        parts.append("config=..." if isinstance(given, Mapping) else f"config={str(given)!r}")
-    if len(stored := {source.dtype(name) for name in f.used}) > 1:
+    if known.given_config is not None:
+        is_content = isinstance(known.given_config, Mapping)
+        parts.append("config=..." if is_content else f"config={str(known.given_config)!r}")
+    if len(stored := {known.source.dtype(name) for name in f.used}) > 1:
         parts.append(f"dtype=numpy.{'float64' if 'float64' in stored else 'float32'}")
-    parts += [f"{s.name}=..." for s in _settings(f.layout, config) if s.origin in ("needed", "wrong")]
+    parts += [f"{s.name}={s.value!r}" for s in settings if s.origin == "given"]
+    parts += [f"{s.name}=..." for s in settings if s.origin in ("needed", "wrong")]
     return f"setattn.load({', '.join(parts)})"
 
 
 # --- what does not --------------------------------------------------------------------------------------------------
 
 
-def _miss(f: Fit) -> Miss:
+def _miss(f: Fit, known: _Known) -> Miss:
     reasons = [
         f"{word} {listed(names)}" for word, names in (("missing", f.missing), ("unexpected", f.unexpected)) if names
     ]
     reasons += f.problems
     share = len(f.used) / (len(f.used) + len(f.missing) + len(f.unexpected))
-    return Miss(f.layout.name, f.prefix, share, tuple(reasons))
+    return Miss(f.layout.name, f.prefix, share, tuple(reasons), _settings(f.layout, known))

@@ -25,9 +25,16 @@ class Size(NamedTuple):
 class Findings:
     """What was found on the way: shared by all the parts of a block."""
 
-    def __init__(self, shapes: dict[str, Shape], read: Callable[[str], Array] | None, convention: Convention) -> None:
+    def __init__(
+        self,
+        shapes: dict[str, Shape],
+        read: Callable[[str], Array] | None,
+        convention: Convention,
+        stand_in: Callable[[Shape], Array] | None = None,
+    ) -> None:
         self.shapes = shapes
         self.read = read  # without it, shapes alone are looked at
+        self.stand_in = stand_in  # makes what is read something of that shape alone
         self.convention = convention
         self.used: dict[str, Array] = {}
         self.missing: list[str] = []
@@ -100,6 +107,12 @@ class Weights:
         """Return a tensor of one axis with an axis of 1 in front."""
         a = self._take(key, (axis,))
         return a if _is_hole(a) else self._reshaped(a, (1, axis))
+
+    def computed(self, shape: Shape, make: Callable[[], Array]) -> Array:
+        """Return an array that is in no tensor, and is made only where the others are read."""
+        if self._f.read is None:
+            return ()
+        return make() if self._f.stand_in is None else self._f.stand_in(shape)
 
     def linear(
         self, key: str, inputs: Sequence[int | str], outputs: Sequence[int | str], bias: bool | None = True

@@ -153,7 +153,7 @@ def _built(
     layout: Layout, shapes: Mapping[str, Shape], prefix: str, values: Mapping[str, Any]
 ) -> tuple[Block, Findings]:
     mine = dict(shapes)
-    findings = Findings(mine, lambda name: Stand(mine[name]), layout.convention)
+    findings = Findings(mine, lambda name: Stand(mine[name]), layout.convention, stand_in=Stand)
     return layout.build(Weights(findings, prefix), **values), findings
 
 

@@ -134,7 +134,7 @@ def _input(w: Weights, n: Names, kind: str, size: tuple[int | None, int | None],
     height, width = (published if own is None else own for own, published in zip(size, _SIZES[kind], strict=True))
     return InputEmbedding(
         project=w.linear(n.patches, ["patch"], ["projected"]) if kind == "flow" else (),
-        features=_places(height, width, latents, kind),
+        features=w.computed((height * width, _FOURIER), lambda: _places(height, width, latents, kind)),
     )
 
 

@@ -32,6 +32,11 @@ def rng():
     return np.random.default_rng(0)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (path := session.config.getoption("--record")) and harness.RECORDS:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Write the record; a failed comparison would be missing from it without a trace, so it must not have any."""
+    path = config.getoption("--record")
+    if path and harness.RECORDS and exitstatus == pytest.ExitCode.OK:
         harness.write(Path(path))
+        terminalreporter.write_line(f"{path}: {len(harness.RECORDS)} layouts written")
+    elif path:
+        terminalreporter.write_line(f"{path}: not written, as not every comparison passed")
