@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -118,6 +120,38 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pytest.skip(reason)
     with chosen.active():
         yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _inspected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tests of layouts, see to it that what inspection says of every block that is loaded is what it is."""
+    if not request.node.path.name.startswith("test_checkpoints_"):
+        return
+    import setattn
+    from setattn.checkpoints._inspect import examine
+    from setattn.checkpoints._words import arrays_of
+
+    true = setattn.load
+
+    def load(source: Any, /, layout: str | None = None, **given: Any) -> setattn.Block:
+        block = true(source, layout, **given)
+        if block.layout and layout != "setattn" and not _was_saved(source):
+            options = {k: v for k, v in given.items() if k not in inspect.signature(true).parameters}
+            report = examine(source, config=given.get("config"), prefix=given.get("prefix", ""), options=options)
+            [place] = [p for p in report.places if (p.layout, p.function) == (block.layout, block.function)]
+            shapes = {path: tuple(a.shape) for path, a in arrays_of(block.params)}
+            assert {path: tuple(d.size for d in dims) for path, dims in place.parts.items()} == shapes
+            assert place.parameters == setattn.count_params(block.params)
+        return block
+
+    monkeypatch.setattr(setattn, "load", load)
+
+
+def _was_saved(source: Any) -> bool:
+    from setattn.checkpoints._canonical import is_canonical
+    from setattn.checkpoints._sources import open_source
+
+    return is_canonical(open_source(source))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -443,6 +443,21 @@ def test_run_refuses_weights(refused, folder):
     assert main([*call, "--dtype", "float32"]) == 0
 
 
+def test_run_refuses_what_only_a_saved_file_can_hold(say, refused):
+    setattn.save("own.safetensors", setattn.Block("attention_pool", head().params, {"zeal": 3}))
+    got = refused("run", "own.safetensors", "x.npy", "y.npy")
+    assert got == "FILE has the option 'zeal'; wanted one that attention_pool takes"
+    setattn.save("own.safetensors", setattn.Block("attention_pool", head().params, {"eps": "small"}))
+    got = refused("run", "own.safetensors", "x.npy", "y.npy")
+    assert got == "attention_pool: argument 'eps' is 'small'; wanted a finite number greater than 0"
+    setattn.save("own.safetensors", setattn.Block("latent_transformer", ()))
+    assert say("run", "own.safetensors", "x.npy", "y.npy")[0] == 0
+    assert np.array_equal(np.load("y.npy"), X)
+    np.save("i.npy", X.astype(np.int32))
+    assert refused("run", "own.safetensors", "i.npy", "z.npy") == "INPUT i.npy has dtype int32; wanted floating numbers"
+    assert "block    latent_transformer, 0 parameters\n" in say("inspect", "own.safetensors")[1]
+
+
 def test_run_reads_a_configuration(say, refused, folder):
     (folder / "c.json").write_text(json.dumps({"num_attention_heads": 2, "hidden_act": "gelu"}))
     call = ("run", "head.safetensors", "x.npy", "y.npy", "--prefix", PREFIX)
@@ -505,8 +520,7 @@ def test_run_out_of_memory(refused, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(setattn, "attention_pool", fail)
-    monkeypatch.setattr("setattn._commands._stream.arguments_of", lambda _: (["x"], True))
+    monkeypatch.setattr(setattn.Block, "__call__", fail)
     got = refused("run", "head.safetensors", "x.npy", "y.npy", *HEAD)
     assert got == "not enough memory; wanted a smaller --batch"
 

@@ -102,7 +102,7 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     each = " each" if len(place.prefixes) > 1 else ""
     yield f"block    {place.function}, {place.parameters} parameters{each}"
     shapes = dict(_parts(place))
-    width = max(map(len, shapes))
+    width = max(map(len, shapes), default=0)
     yield from (f"  {name:{width}}  {shape}" for name, shape in shapes.items())
     if place.settings:
         yield "options"

@@ -20,6 +20,7 @@ from setattn._commands._stream import (
     Given,
     NDArray,
     arguments_of,
+    check_options,
     default_batch,
     give,
     give_mask,
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         check_another(args.output, "OUTPUT", **read)
         out = check_writable(args.output)
         block = load_block(args)
+        check_options(block)
         arrays = _arrays(args, block)
         xp, version = load_backend(args.backend)
         try:

@@ -77,11 +77,25 @@ def arguments_of(block: Block) -> tuple[list[str], bool]:
     return arrays, "mask" in parameters
 
 
-def dtype_of(block: Block) -> np.dtype[Any]:
-    """Return the dtype of a block's parameters."""
+def check_options(block: Block) -> None:
+    """Check that a block's function takes its options, which come from a file.
+
+    Raises
+    ------
+    CommandError
+        If it does not.
+    """
+    known = inspect.signature(getattr(setattn, block.function)).parameters
+    for name in block.options:
+        if name not in known:
+            raise CommandError(f"FILE has the option {name!r}; wanted one that {block.function} takes")
+
+
+def dtype_of(block: Block, other: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of a block's parameters, or another one if it has none."""
     found: list[np.dtype[Any]] = []
     map_params(lambda a: found.append(a.dtype), block.params)
-    return found[0].newbyteorder("=")
+    return (found or [other])[0].newbyteorder("=")
 
 
 def takes_tokens(block: Block) -> bool:
@@ -107,13 +121,14 @@ def give(block: Block, position: int, path: Path, name: str, *, convert: bool) -
         If it cannot be read, or has another dtype and is not to be converted.
     """
     array, argument = open_array(path, name), arguments_of(block)[0][position]
-    axes, kind, wanted = axes_of(block, position), array.dtype.kind, dtype_of(block)
+    axes, kind, wanted = axes_of(block, position), array.dtype.kind, dtype_of(block, array.dtype)
     if axes == 1:
         if kind not in "iu":
             raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted integers, the rows of a table of tokens")
         return Given(argument, f"{name} {path}", array, axes, np.dtype(np.int32))
-    if kind == "b":
-        raise CommandError(f"{name} {path} has dtype bool; wanted {wanted}, as the weights have")
+    if kind == "b" or wanted.kind != "f":
+        real = f"{wanted}, as the weights have" if wanted.kind == "f" else "floating numbers"
+        raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted {real}")
     if array.dtype.newbyteorder("=") != wanted and not convert:
         hint = f"{wanted}, as the weights have, or --dtype {wanted} to convert it"
         raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted {hint}")

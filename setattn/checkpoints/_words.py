@@ -44,6 +44,11 @@ class Stand:
         ]
         return Stand((*[n for n in kept if n is not None], *self.shape[len(keys) :]))
 
+    def _alike(self, _: float) -> Stand:
+        return Stand(self.shape)
+
+    __add__ = __sub__ = __mul__ = __truediv__ = _alike  # with a number
+
 
 class _Operations:
     @staticmethod
