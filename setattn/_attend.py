@@ -27,13 +27,15 @@ from setattn._typing import Array
 def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, query_norm: AnyNorm = ()) -> Array:
     """Attend from queries ``(..., m, dim)``, normalised first, to the elements of all contexts together."""
     query, p = _asked(query, p, o, query_norm)
+    if o.attend is not None:
+        return o.attend(query, contexts, p, o)
     if len(contexts) == 1 and _parts(query, contexts[0], p, o) is None:
         order = order_of(query, contexts[0], p, o, whole=True)
         if order.values == "carry_output":
             log_n = log_length_of(query, contexts, p, o)
             context, p = _folded(contexts[0], p, o)
             return attend_at_once(queries(query, context, p, order, o, log_n), ready(context, o), p, o)
-    return output(finish(_state(query, contexts, p, o), o.xp), query, p, o.xp)
+    return output(finish(state_of(query, contexts, p, o), o.xp), query, p, o.xp)
 
 
 def part_of_attention(
@@ -41,7 +43,7 @@ def part_of_attention(
 ) -> State:
     """Make the state of queries and of some of the elements that they attend to."""
     query, p = _asked(query, p, o, query_norm)
-    return _state(query, contexts, p, o)
+    return state_of(query, contexts, p, o)
 
 
 def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple[Array, Attention]:
@@ -50,7 +52,7 @@ def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple
     return norm(query, query_norm, o), p._replace(query=to_queries)
 
 
-def _state(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
+def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
     """Make the state of queries and all contexts, block by block."""
     axis, most = _sets(query, contexts, p, o)
     if axis is not None:
@@ -58,7 +60,7 @@ def _state(query: Array, contexts: Sequence[Context], p: Attention, o: Options) 
         def sets(c: slice) -> State:
             b = Block(axis, c)
             own = query if len(query.shape) == 2 else b.of(query)
-            return _state(own, [context.seen_by(b) for context in contexts], p, o)
+            return state_of(own, [context.seen_by(b) for context in contexts], p, o)
 
         parts = run(sets, cut(contexts[0].elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
@@ -112,6 +114,8 @@ def by_queries(
     A context of one block is made ready once, for all blocks of rows. Of a longer one, each block of rows meets a block
     at a time, and more of them at once, as each of them makes every block of the context ready anew.
     """
+    if o.attend is not None:
+        return function(x, y, None)
     # Before its embedding and its projection to heads, which may come in ``function``, x says nothing of either.
     kv_heads, head_dim = p.key.weight.shape[1:]
     dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)

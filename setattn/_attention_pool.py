@@ -8,6 +8,7 @@ from setattn._attend import attend
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
+from setattn._dask import over_chunks
 from setattn._embedding import rows_for
 from setattn._layers import AnyNorm, Options, linear, norm, options, residual_feed_forward
 from setattn._params import AttentionPool, InputEmbedding, is_absent
@@ -85,18 +86,24 @@ def attention_pool(
     >>> setattn.attention_pool(np.ones((4, 5, 8), np.float32), params).shape
     (4, 1, 8)
     """
-    call = begin("attention_pool", "x", x)
+    call = begin("attention_pool", "x", x, by_chunks=True)
     width = structure.attention_pool(call, "params", params, x)
     check.context_mask(call, mask, x, "x")
     check.key_positions(call, key_positions, x, width)
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
-        y = pool_context(x, mask, p)._replace(key_positions=key_positions)
-        probe, query_norm = pool_queries(p, o)
-        return after_pool(attend(probe, [y], p.attention, o, query_norm), p, o)
+        y = pool_context(x, mask, p)._replace(norm=(), key_positions=key_positions)
+        return _pool(Context(p.probe), y, p._replace(probe=(), input=(), position=()), o)
 
     return evaluate(call, body, params)
+
+
+@over_chunks
+def _pool(probe: Context, y: Context, p: AttentionPool, o: Options) -> Array:
+    queries, query_norm = pool_queries(p._replace(probe=probe.elements), o)
+    y = y._replace(norm=p.context_norm)
+    return after_pool(attend(queries, [y], p.attention, o, query_norm), p, o)
 
 
 def pool_context(x: Array, mask: Array | None, p: AttentionPool, first: int = 0) -> Context:

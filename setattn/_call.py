@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from setattn._errors import DTypeError, NamespaceError
-from setattn._namespace import bits_of, block_bytes, device_of, ignore_underflow, namespace_of, native
+from setattn._namespace import (
+    bits_of,
+    block_bytes,
+    device_of,
+    ignore_underflow,
+    in_one_chunk,
+    namespace_of,
+    namespace_of_chunks,
+    native,
+)
 from setattn._params import map_params
 from setattn._typing import Array, Namespace
 
@@ -20,16 +29,26 @@ class Call(NamedTuple):
     device: Any
     eager: bool
     decided_by: str = "the first argument"  # which array the others must agree with
+    held: Namespace | None = None  # of the chunks of a lazy array; parameters may be of it, too
+    chunks: Namespace | None = None  # the same, where the function is computed chunk by chunk
 
 
-def begin(function: str, argument: str, x: Any, decided_by: str = "the first argument") -> Call:
-    """Start a call from its first array, which decides the namespace, dtype and device of all the others."""
+def begin(
+    function: str, argument: str, x: Any, decided_by: str = "the first argument", *, by_chunks: bool = False
+) -> Call:
+    """Start a call from its first array, which decides the namespace, dtype and device of all the others.
+
+    ``by_chunks`` says that the function is computed chunk by chunk of lazy arrays, by :mod:`setattn._dask`.
+    """
     xp = namespace_of(x)
     if xp is None:
         raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
     if bits_of(x.dtype, xp) not in (16, 32, 64):
         raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
-    return Call(function, xp, native(x.dtype), device_of(x, xp), block_bytes(x, xp) is not None, decided_by)
+    held = namespace_of_chunks(x, xp)
+    chunks = held if by_chunks else None
+    eager = chunks is not None or block_bytes(x, xp) is not None
+    return Call(function, xp, native(x.dtype), device_of(x, xp), eager, decided_by, held, chunks)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
@@ -37,10 +56,13 @@ def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
 
     The parameters are widened here; the data, which may be large, where a block of it is taken.
     """
+    if call.held is not None:
+        lazy = call.chunks is None
+        params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
     with ignore_underflow(call.xp):
         if not is_half(call):
             return body(params)
-        wide = map_params(lambda a: widen(a, call.xp), params)
+        wide = map_params(lambda a: widen(a, namespace_of(a)), params)
         return call.xp.astype(body(wide), call.dtype)
 
 

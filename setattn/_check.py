@@ -42,7 +42,7 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
     xp = namespace_of(a)
     if xp is None:
         raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", f"an array of {name_of(call.xp)}")
-    if xp is not call.xp:
+    if xp is not call.xp and not (xp is call.held and argument.startswith("params")):
         wanted = f"an array of {name_of(call.xp)}, as {call.decided_by} is"
         raise NamespaceError(call.function, argument, f"an array of {name_of(xp)}", wanted)
     if kind := unlike_others(a, xp):
@@ -53,9 +53,20 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
             raise NamespaceError(
                 call.function, argument, f"on device {device}", f"device {call.device}, as {call.decided_by} is"
             )
-    if (total := sum(a.shape)) != total:  # a size that Dask does not know is NaN
+    if call.chunks is None or argument.startswith("params"):
+        known(call, argument, a, *a.shape)
+
+
+def known(call: Call, argument: str, a: Array, *sizes: float) -> None:
+    """Check that sizes are known: one that a lazy array does not know is NaN."""
+    if any(size != size for size in sizes):
         wanted = "known sizes: call compute_chunk_sizes() on the array first"
         raise ShapeError(call.function, argument, tuple(a.shape), wanted, "shape")
+
+
+def alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Say whether two shapes are the same, as far as they are known."""
+    return len(a) == len(b) and all(m == n or (m != m and n != n) for m, n in zip(a, b, strict=True))
 
 
 def floating(call: Call, argument: str, a: Any) -> None:
@@ -69,6 +80,7 @@ def data(call: Call, argument: str, x: Any, axes: str = "n, dim", ndim: int = 2)
     floating(call, argument, x)
     if len(x.shape) < ndim:
         raise ShapeError(call.function, argument, tuple(x.shape), f"(..., {axes})", "shape")
+    known(call, argument, x, x.shape[-1])
     if x.shape[-1] < 1:
         raise ShapeError(call.function, argument, tuple(x.shape), f"(..., {axes}) with at least one feature", "shape")
     return Width(x.shape[-1], argument, tuple(x.shape))
@@ -91,7 +103,7 @@ def integers(call: Call, argument: str, x: Any, reason: str = "") -> None:
 def same_batch(call: Call, argument: str, query: Array, context: Array, context_axes: int = 2) -> None:
     """Check that queries have the batch of their context, or none at all, which shares them among the batch."""
     batch = tuple(context.shape[:-context_axes])
-    if len(query.shape) > 2 and tuple(query.shape[:-2]) != batch:
+    if len(query.shape) > 2 and not alike(query.shape[:-2], batch):
         sizes = ", ".join(map(str, (*batch, *query.shape[-2:])))
         wanted = f"({sizes}), as the other array has shape {tuple(context.shape)}"
         if batch:
@@ -112,7 +124,7 @@ def mask(call: Call, argument: str, m: Any, shape: Shape, meaning: str) -> None:
         if argument == "mask" and call.function in WITH_BIAS and bits_of(m.dtype, call.xp):
             wanted += "; scores to add go to bias"
         raise DTypeError(call.function, argument, m.dtype, wanted, "dtype")
-    if tuple(m.shape) != tuple(shape):
+    if not alike(m.shape, shape):
         raise MaskError(call.function, argument, tuple(m.shape), f"{tuple(shape)}, {meaning}", "shape")
 
 
@@ -133,7 +145,7 @@ def score_bias(call: Call, bias: Any, context: Array) -> None:
         return
     floating(call, "bias", bias)
     shape = tuple(context.shape[:-1])
-    if tuple(bias.shape) != shape:
+    if not alike(bias.shape, shape):
         raise ShapeError(call.function, "bias", tuple(bias.shape), f"{shape}, one score for each element", "shape")
 
 
@@ -144,7 +156,7 @@ def key_positions(call: Call, positions: Any, context: Array, width: Width) -> N
     floating(call, "key_positions", positions)
     shared = (context.shape[-2], width.size)
     own = (*context.shape[:-2], *shared)
-    if tuple(positions.shape) not in (shared, own):
+    if not any(alike(positions.shape, shape) for shape in (shared, own)):
         wanted = f"{shared}, one row for each element" + (f", or {own}" if own != shared else "")
         raise ShapeError(call.function, "key_positions", tuple(positions.shape), wanted, "shape")
 

@@ -26,6 +26,8 @@ class Options(NamedTuple):
     plan: Plan = Plan()
     half: bool = False
     eager: bool = True  # whether how an array lies in memory is ours to choose, not a compiler's
+    lazy: bool = False  # whether the data are lazy arrays, to be computed chunk by chunk in the namespace of these
+    attend: Callable[..., Array] | None = None  # stands in for attention, of whose context only a part is at hand
 
 
 def options(
@@ -40,7 +42,9 @@ def options(
     check.choice(call.function, "activation", activation, ACTIVATIONS)
     eps = check.number(call, "eps", eps, positive=True)
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
-    return Options(call.xp, activation, eps, scale, check.plan(call, plan), is_half(call), call.eager)
+    lazy = call.chunks is not None
+    xp = call.chunks if lazy else call.xp
+    return Options(xp, activation, eps, scale, check.plan(call, plan), is_half(call), call.eager, lazy)
 
 
 def select(x: Array, mask: Array | None, xp: Namespace) -> Array:
@@ -60,6 +64,11 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
         return x
     y = matmul(x, p.weight, xp)
     return y if is_absent(p.bias) else into("add", y, p.bias, xp)
+
+
+def affine(x: Array, p: Linear | Absent, o: Options) -> Array:
+    """Compute the same in the namespace of the options."""
+    return linear(x, p, o.xp)
 
 
 def norm(x: Array, p: AnyNorm, o: Options) -> Array:

@@ -8,6 +8,7 @@ from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
+from setattn._dask import over_chunks
 from setattn._layers import Options, enter, linear, norm, options, residual_feed_forward, select
 from setattn._namespace import into
 from setattn._params import MAB
@@ -98,7 +99,7 @@ def mab(
     >>> setattn.mab(x, y, params).shape
     (4, 3, 8)
     """
-    call = begin("mab", "x", x)
+    call = begin("mab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     of_x, of_y = check.data(call, "x", x, "m, dim"), check.data(call, "y", y)
     structure.mab(call, "params", params, of_x, of_y, query_residual=query_residual)
@@ -108,7 +109,8 @@ def mab(
     check.pair_mask(call, pair_mask, x, y, "x and y")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: apply_mab(x, Context(y, mask, pair_mask), p, o, query_residual, query_mask), params)
+    context = Context(y, mask, pair_mask)
+    return evaluate(call, lambda p: apply_mab(Context(x, query_mask), context, p, o, query_residual), params)
 
 
 def sab(
@@ -162,7 +164,7 @@ def sab(
     >>> setattn.sab(np.ones((4, 5, 8), np.float32), params).shape
     (4, 5, 8)
     """
-    call = begin("sab", "x", x)
+    call = begin("sab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     width = check.data(call, "x", x)
     structure.mab(call, "params", params, width, width, query_residual=query_residual)
@@ -175,15 +177,16 @@ def sab(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def apply_mab(x: Array, y: Context, p: MAB, o: Options, query_residual: bool, query_mask: Array | None = None) -> Array:
-    """Compute a multihead attention block; the rows of ``x`` that take no part are 0."""
+@over_chunks
+def apply_mab(q: Context, y: Context, p: MAB, o: Options, query_residual: bool) -> Array:
+    """Compute a multihead attention block; the rows of elements that take no part are 0."""
 
     def rows(x: Array, y: Context, block: Block | None) -> Array:
-        part = block.of(query_mask) if block is not None else query_mask
+        part = block.of(q.mask) if block is not None else q.mask
         x = mab_queries(x, p, o, part)
         return after_mab(attend(x, [y], p.attention, o, p.query_norm), x, p, o, query_residual, part)
 
-    return by_queries(rows, x, y._replace(norm=p.context_norm), p.attention, o)
+    return by_queries(rows, q.elements, y._replace(norm=p.context_norm), p.attention, o)
 
 
 def mab_queries(x: Array, p: MAB, o: Options, mask: Array | None = None) -> Array:
@@ -199,4 +202,4 @@ def after_mab(h: Array, x: Array, p: MAB, o: Options, query_residual: bool, mask
 
 def apply_sab(x: Array, p: MAB, o: Options, query_residual: bool, mask: Array | None = None) -> Array:
     """Compute a set attention block."""
-    return apply_mab(x, Context(x, mask), p, o, query_residual, mask)
+    return apply_mab(Context(x, mask), Context(x, mask), p, o, query_residual)

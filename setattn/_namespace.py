@@ -164,9 +164,23 @@ def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
             return f"a tensor of layout {x.layout}", "a dense tensor, as to_dense() makes it"
     if name == "dask":
         kind = type(x._meta)
-        if not issubclass(kind, np.ndarray) or issubclass(kind, np.matrix | np.ma.MaskedArray):
-            return f"an array of dask with chunks of {kind.__qualname__}", "one whose chunks are plain arrays of numpy"
+        if namespace_of_chunks(x, xp) is None:
+            got = f"an array of dask with chunks of {kind.__qualname__}"
+            return got, "one whose chunks are plain arrays of numpy or cupy"
     return None
+
+
+def namespace_of_chunks(x: Array, xp: Namespace) -> Namespace | None:
+    """Return the namespace of the chunks of a Dask array, if they are plain arrays; ``None`` for every other array."""
+    if name_of(xp) != "dask":
+        return None
+    held = namespace_of(x._meta)
+    return held if held is not None and name_of(held) in ("numpy", "cupy") else None
+
+
+def in_one_chunk(x: Array, xp: Namespace) -> Array:
+    """Return a Dask array of one chunk, of such an array or of one in memory."""
+    return x.rechunk(-1) if namespace_of(x) is xp else xp.from_array(x, chunks=-1, asarray=False)
 
 
 def creation_device(x: Array, xp: Namespace) -> Any:

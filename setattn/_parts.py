@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from setattn._call import Call
-from setattn._check import Width, floating
+from setattn._check import Width, floating, known
 from setattn._errors import NamespaceError, ParameterError, ShapeError
 from setattn._namespace import name_of
 from setattn._params import (
@@ -188,6 +188,7 @@ def learned(call: Call, path: str, a: Any, axes: str) -> Width:
 
 def rows(call: Call, path: str, table: Array, argument: str, x: Array, n: int) -> None:
     """Check that a table has a row for each of the elements of an argument."""
+    known(call, argument, x, n)  # or it were not known which rows belong to a chunk
     if n > table.shape[0]:
         wanted = f"at most {table.shape[0]} elements in place of {n}, the rows of {path}"
         raise ShapeError(call.function, argument, tuple(x.shape), wanted, "shape")

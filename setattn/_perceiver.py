@@ -9,6 +9,7 @@ from setattn import _structure as structure
 from setattn._blocks import Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context
+from setattn._dask import of_sets
 from setattn._embedding import rows_for
 from setattn._layers import Options, linear, norm, options
 from setattn._params import CrossAttention, InputEmbedding, MeanHead, Perceiver, PerceiverIO, is_absent
@@ -193,7 +194,7 @@ def perceiver_io(
         z = _perceiver(y, p.encoder, o, depth, query_residual)
         learned = y if is_absent(p.queries) else Context(p.queries)
         q = learned if queries is None else Context(queries)
-        return cross_attend(q, Context(z), p.decoder, o, decoder_residual, p.output)
+        return cross_attend(q, Context(z), (p.decoder, p.output), o, decoder_residual)
 
     return evaluate(call, body, params)
 
@@ -205,9 +206,9 @@ def _begin(function: str, inputs: Array, p: Any) -> Call:
     """Start a call from the inputs; or, as these are then no numbers, from the table of the tokens."""
     table = structure.token_table(p)
     if is_absent(table):
-        return begin(function, "inputs", inputs)
+        return begin(function, "inputs", inputs, by_chunks=True)
     at = "params.encoder.input.tokens" if isinstance(p, PerceiverIO) else "params.input.tokens"
-    return begin(function, at, table, at)
+    return begin(function, at, table, at, by_chunks=True)
 
 
 def _set_shape(inputs: Array, p: Any) -> tuple[int, ...]:
@@ -228,15 +229,18 @@ def _perceiver(y: Context, p: Perceiver, o: Options, depth: int | None, query_re
     for i in range(max(len(cross), len(latent)) if depth is None else depth):
         block = cross[min(i, len(cross) - 1)]
         if isinstance(block, CrossAttention):
-            z = cross_attend(Context(z), y, block, o, query_residual)
+            z = cross_attend(Context(z), y, (block, ()), o, query_residual)
         if latent:
-            z = transform(z, latent[min(i, len(latent) - 1)], o)
-    return norm(z, p.output_norm, o)
+            z = of_sets(transform, z, latent[min(i, len(latent) - 1)], o)
+    return of_sets(norm, z, p.output_norm, o)
 
 
 def head(z: Array, p: MeanHead | Absent, o: Options) -> Array:
     """Compute ``output(norm(mean))`` of the latents, or return them where there is no head."""
-    if not isinstance(p, MeanHead):
-        return z
+    return of_sets(_mean_head, z, p, o, rows=1)[..., 0, :] if isinstance(p, MeanHead) else z
+
+
+def _mean_head(z: Array, p: MeanHead, o: Options) -> Array:
+    """Compute the one row of a head."""
     mean = o.xp.mean(z, axis=-2, keepdims=True)
-    return linear(norm(mean, p.norm, o), p.output, o.xp)[..., 0, :]
+    return linear(norm(mean, p.norm, o), p.output, o.xp)

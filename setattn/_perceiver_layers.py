@@ -8,6 +8,7 @@ from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context, ready
+from setattn._dask import of_sets, over_chunks
 from setattn._layers import Options, enter, linear, options, residual_feed_forward, select
 from setattn._namespace import into
 from setattn._params import CrossAttention, Linear, SelfAttention
@@ -79,15 +80,16 @@ def cross_attention(
     >>> setattn.cross_attention(np.ones((3, 8), np.float32), np.ones((4, 5, 6), np.float32), params).shape
     (4, 3, 8)
     """
-    call = begin("cross_attention", "latents", latents)
+    call = begin("cross_attention", "latents", latents, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
-    z, y = check.data(call, "latents", latents, "m, dim"), check.data(call, "inputs", inputs)
-    structure.cross_attention(call, "params", params, z, y, query_residual=query_residual)
+    of_z, of_y = check.data(call, "latents", latents, "m, dim"), check.data(call, "inputs", inputs)
+    structure.cross_attention(call, "params", params, of_z, of_y, query_residual=query_residual)
     check.same_batch(call, "latents", latents, inputs)
     check.context_mask(call, mask, inputs, "inputs")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: cross_attend(Context(latents), Context(inputs, mask), p, o, query_residual), params)
+    z, y = Context(latents), Context(inputs, mask)
+    return evaluate(call, lambda p: cross_attend(z, y, (p, ()), o, query_residual), params)
 
 
 def latent_transformer(
@@ -141,13 +143,13 @@ def latent_transformer(
     >>> setattn.latent_transformer(np.ones((4, 3, 8), np.float32), params).shape
     (4, 3, 8)
     """
-    call = begin("latent_transformer", "latents", latents)
+    call = begin("latent_transformer", "latents", latents, by_chunks=True)
     structure.latent_transformer(call, "params", params, check.data(call, "latents", latents, "m, dim"))
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(params: tuple[SelfAttention, ...]) -> Array:
         # A result never shares memory with an argument, even where there is nothing to do.
-        return transform(latents, params, o) if params else o.xp.astype(latents, latents.dtype, copy=True)
+        return of_sets(transform, latents, params, o) if params else call.xp.astype(latents, latents.dtype, copy=True)
 
     return evaluate(call, body, params)
 
@@ -155,10 +157,12 @@ def latent_transformer(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
+@over_chunks
 def cross_attend(
-    q: Context, y: Context, p: CrossAttention, o: Options, query_residual: bool, output: Linear | Absent = ()
+    q: Context, y: Context, parts: tuple[CrossAttention, Linear | Absent], o: Options, query_residual: bool
 ) -> Array:
-    """Let the elements of one context attend to those of another; rows of those that are masked are 0."""
+    """Let the elements of one context attend to those of another, and map the result; masked rows of it are 0."""
+    p, output = parts
 
     def rows(_: Array, y: Context, block: Block | None) -> Array:
         own = q.block(block)

@@ -8,8 +8,10 @@ from setattn._attend import attend
 from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate
 from setattn._context import Context
+from setattn._dask import of_sets, outright, over_chunks, whole_sets
 from setattn._layers import (
     Options,
+    affine,
     enter,
     feed_forward,
     linear,
@@ -96,17 +98,18 @@ def perceiver_resampler(
     >>> setattn.perceiver_resampler(np.ones((2, 4, 5, 8), np.float32), params).shape
     (2, 3, 8)
     """
-    call = begin("perceiver_resampler", "features", features)
+    call = begin("perceiver_resampler", "features", features, by_chunks=True)
     structure.perceiver_resampler(call, "params", params, features)
     check.mask(call, "mask", mask, features.shape[:-1], "one entry for each feature")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Resampler) -> Array:
-        y = _flatten(features, mask, p, o)
-        z = _latents(y, p, o)
+        before = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
+        y = _flatten(features, mask, *before)
+        z = p.latents if is_absent(p.mean_latents) else whole_sets(_latents(y, *before), o)
         for layer in p.layers:
-            z = _resample(z, y, layer, o)
-        return norm(linear(z, p.output, o.xp), p.output_norm, o)
+            z = _resample(Context(z), y, layer, o)
+        return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
 
     return evaluate(call, body, params)
 
@@ -114,8 +117,10 @@ def perceiver_resampler(
 # --- the mathematics ------------------------------------------------------------------------------------------------
 
 
-def _resample(z: Array, y: Context, p: CrossAttention, o: Options) -> Array:
+@over_chunks
+def _resample(latents: Context, y: Context, p: CrossAttention, o: Options) -> Array:
     """Let latents attend to features and to themselves."""
+    z = latents.elements
     h = attend(z, resampler_contexts(z, y, p), p.attention, o, p.query_norm)
     return residual_feed_forward(z + h, p, o)
 

@@ -7,7 +7,8 @@ from setattn import _structure as structure
 from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
-from setattn._layers import Options, feed_forward, linear, options
+from setattn._dask import of_sets, over_chunks
+from setattn._layers import Options, affine, feed_forward, options
 from setattn._mab import apply_mab, apply_sab
 from setattn._params import ISAB, PMA, FeedForward, SetTransformer
 from setattn._typing import Array
@@ -64,7 +65,7 @@ def isab(
     >>> setattn.isab(np.ones((4, 5, 8), np.float32), params).shape
     (4, 5, 8)
     """
-    call = begin("isab", "x", x)
+    call = begin("isab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     structure.isab(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
@@ -125,7 +126,7 @@ def pma(
     >>> setattn.pma(np.ones((4, 5, 8), np.float32), params).shape
     (4, 2, 8)
     """
-    call = begin("pma", "x", x)
+    call = begin("pma", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     structure.pma(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
@@ -187,7 +188,7 @@ def set_transformer(
     >>> setattn.set_transformer(np.ones((4, 5, 2), np.float32), params).shape
     (4, 1, 4)
     """
-    call = begin("set_transformer", "x", x)
+    call = begin("set_transformer", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     structure.set_transformer(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
@@ -209,12 +210,17 @@ def set_transformer(
 
 
 def _isab(x: Array, p: ISAB, o: Options, query_residual: bool, mask: Array | None) -> Array:
-    h = apply_mab(p.inducing_points, Context(x, mask), p.mab_inducing, o, query_residual)
-    return apply_mab(x, Context(h), p.mab_set, o, query_residual, mask)
+    h = apply_mab(Context(p.inducing_points), Context(x, mask), p.mab_inducing, o, query_residual)
+    return apply_mab(Context(x, mask), Context(h), p.mab_set, o, query_residual)
 
 
 def _pma(x: Array, p: PMA, o: Options, query_residual: bool, mask: Array | None) -> Array:
-    return apply_mab(p.seeds, pma_context(Context(x, mask), p, o), p.mab, o, query_residual)
+    return _pool(Context(p.seeds), Context(x, mask), p._replace(seeds=()), o, query_residual)
+
+
+@over_chunks
+def _pool(seeds: Context, y: Context, p: PMA, o: Options, query_residual: bool) -> Array:
+    return apply_mab(seeds, pma_context(y, p, o), p.mab, o, query_residual)
 
 
 def pma_context(y: Context, p: PMA, o: Options) -> Context:
@@ -229,4 +235,4 @@ def decode(h: Array, p: SetTransformer, o: Options, query_residual: bool) -> Arr
     """Compute what follows the pooling."""
     for block in p.decoder:
         h = apply_sab(h, block, o, query_residual)
-    return linear(h, p.output, o.xp)
+    return of_sets(affine, h, p.output, o)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from setattn._call import Call
-from setattn._check import Width, data, is_integer, tokens
+from setattn._check import Width, data, is_integer, known, tokens
 from setattn._errors import OptionError, ParameterError, ShapeError
 from setattn._params import (
     ISAB,
@@ -266,6 +266,7 @@ def _table(call: Call, path: str, p: Any, x: Width, features: Any, name: str, ax
         return
     array(call, path, p, "rows", "dim")
     meet(call, x, path, p, "rows", x.size, axis=1)
+    known(call, "features", features, *features.shape)
     size, rows = features.shape[axis], p.shape[0]
     if size > rows:
         wanted = f"at most {rows} in place of {size} on its {name} axis, the rows of {path}"

@@ -118,7 +118,7 @@ class Backend:
     def params(self, params: Any, dtype: str) -> Any:
         """Convert a parameter tree to the backend."""
         if self.module == "dask.array":
-            return setattn.map_params(lambda a: self.xp.from_array(a.astype(dtype), chunks=-1), params)
+            return setattn.map_params(lambda a: a.astype(dtype), params)  # in memory, as is meant to be
         return setattn.map_params(lambda a: self.asarray(a, dtype), params)
 
     def numpy(self, a: Any) -> np.ndarray:

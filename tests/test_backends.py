@@ -267,10 +267,16 @@ def test_computing_early_would_be_noticed(backend):
         bool(backend.asarray(np.ones(3), "float32").sum() > 0)
 
 
+BY_CHUNKS = {
+    *("mab", "sab", "isab", "pma", "set_transformer", "attention_pool", "cross_attention", "latent_transformer"),
+    *("perceiver", "perceiver_io", "perceiver_resampler"),
+}
+
+
 @pytest.mark.parametrize("backend", ["dask"], indirect=True)
 @pytest.mark.parametrize("name", cases.ONE_EACH)
 def test_unknown_chunk_sizes_are_refused(backend, name):
-    """Arrays and masks whose sizes Dask does not know are refused with the way out."""
+    """Arrays and masks whose sizes Dask does not know are refused with the way out, where they have to be known."""
     case = cases.make(name)
     arrays, params, masks = case.trees(backend, "float32")
 
@@ -284,10 +290,13 @@ def test_unknown_chunk_sizes_are_refused(backend, name):
         assert caught.value.argument == argument
 
     signature = list(inspect.signature(getattr(setattn, case.function)).parameters)
+    by_chunks = case.function in BY_CHUNKS
     for i, a in enumerate(arrays):
         for axis in range(a.ndim):
+            if by_chunks and axis < a.ndim - 1:
+                continue
             refused(signature[i], (*arrays[:i], unknown(a, axis), *arrays[i + 1 :]), masks)
-    for key, m in masks.items():
+    for key, m in masks.items() if not by_chunks else ():
         refused(key, arrays, masks | {key: unknown(m, m.ndim - 1)})
 
 

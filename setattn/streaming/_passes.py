@@ -120,7 +120,7 @@ def _isab(g: Given) -> Passes:
     p: ISAB = g.params
 
     def rows(found: tuple[Array, ...], x: Array, mask: Array | None, _: int) -> Array:
-        return apply_mab(x, Context(found[0]), p.mab_set, g.o, g.residual, mask)
+        return apply_mab(Context(x, mask), Context(found[0]), p.mab_set, g.o, g.residual)
 
     return _once(_asking(p.inducing_points, p.mab_inducing, g))._replace(rows=rows)
 
@@ -174,7 +174,7 @@ def _set_transformer(g: Given) -> Passes:
     def make(found: tuple[Array, ...]) -> Pass:
         def encoded(x: Array) -> Array:
             for block, h in zip(encoder, found, strict=False):
-                x = apply_mab(x, Context(h), block.mab_set, o, g.residual)
+                x = apply_mab(Context(x), Context(h), block.mab_set, o, g.residual)
             return x
 
         def before(y: Context) -> Context:
@@ -198,7 +198,7 @@ def _perceiver_io(g: Given) -> Passes:
     p: PerceiverIO = g.params
 
     def decoded(q: Context, z: Array) -> Array:
-        return cross_attend(q, Context(z), p.decoder, g.o, bool(g.options["decoder_residual"]), p.output)
+        return cross_attend(q, Context(z), (p.decoder, p.output), g.o, bool(g.options["decoder_residual"]))
 
     q = p.queries if g.queries is None else g.queries
     if not is_absent(q):
