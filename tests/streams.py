@@ -59,7 +59,9 @@ class Streamed:
         self.sets = self.x.shape if self.tokens else self.x.shape[:-1]
         self.n, self.batch = self.sets[-1], self.sets[:-1]
         queries = case.arrays[1 - case.elements] if len(case.arrays) == 2 else None
-        self.params = case.params if backend is None else backend.params(case.params, dtype)
+        self.params = case.params
+        if backend is not None:  # a stream is computed in the library of its parameters
+            self.params = setattn.convert_params(backend.params(case.params, dtype), backend.xp)
         self.queries = None if queries is None else convert(queries)
         self.lengths = np.full(self.batch, self.n) if self.mask is None else self.mask.sum(axis=-1)
 
