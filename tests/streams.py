@@ -61,7 +61,9 @@ class Streamed:
         queries = case.arrays[1 - case.elements] if len(case.arrays) == 2 else None
         self.params = case.params
         if backend is not None:  # a stream is computed in the library of its parameters
-            self.params = setattn.convert_params(backend.params(case.params, dtype), backend.xp)
+            self.params = backend.params(case.params, dtype)
+            if backend.module == "dask.array":
+                self.params = setattn.map_params(lambda a: backend.xp.from_array(a, chunks=-1), self.params)
         self.queries = None if queries is None else convert(queries)
         self.lengths = np.full(self.batch, self.n) if self.mask is None else self.mask.sum(axis=-1)
 
