@@ -86,17 +86,19 @@ class Float32:
     def add_feed_forward(self, x, norm, p):
         return x if oracle.absent(p) else x + self.feed_forward(self.norm(x, norm), p)
 
-    def mab(self, x, y, p, mask=None, query_mask=None, pair_mask=None):
+    def mab(self, x, y, p, mask=None, query_mask=None, pair_mask=None, query_residual=True):
         x = x if oracle.absent(p.project) else self.linear(x, p.project)
         a = self.attention(self.norm(x, p.query_norm), self.norm(y, p.context_norm), p.attention, mask, pair_mask)
-        out = self.norm(self.add_feed_forward(self.norm(x + a, p.attention_norm), p.ff_norm, p.ff), p.output_norm)
+        h = self.norm(x + a if query_residual else a, p.attention_norm)
+        out = self.norm(self.add_feed_forward(h, p.ff_norm, p.ff), p.output_norm)
         return out if query_mask is None else np.where(query_mask[..., None], out, 0)
 
     def sab(self, x, p, mask=None):
         return self.mab(x, x, p, mask, mask)
 
-    def isab(self, x, p, mask=None):
-        return self.mab(x, self.mab(p.inducing_points, x, p.mab_inducing, mask), p.mab_set, query_mask=mask)
+    def isab(self, x, p, mask=None, query_residual=True):
+        h = self.mab(p.inducing_points, x, p.mab_inducing, mask, query_residual=query_residual)
+        return self.mab(x, h, p.mab_set, query_mask=mask, query_residual=query_residual)
 
     def latent_transformer(self, z, layers):
         for p in layers:
