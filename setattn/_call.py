@@ -34,21 +34,31 @@ class Call(NamedTuple):
 
 
 def begin(
-    function: str, argument: str, x: Any, decided_by: str = "the first argument", *, by_chunks: bool = False
+    function: str,
+    argument: str,
+    x: Any,
+    decided_by: str = "the first argument",
+    *,
+    by_chunks: bool = False,
+    rows: Any = None,
 ) -> Call:
     """Start a call from its first array, which decides the namespace, dtype and device of all the others.
 
-    ``by_chunks`` says that the function is computed chunk by chunk of lazy arrays, by :mod:`setattn._dask`.
+    ``by_chunks`` says that the function is computed chunk by chunk of lazy arrays, by :mod:`setattn._dask`. Where
+    the array is a table that ``rows`` are taken of, these may be a lazy array whose chunks are what the table is.
     """
     xp = namespace_of(x)
     if xp is None:
         raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
     if bits_of(x.dtype, xp) not in (16, 32, 64):
         raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
-    held = namespace_of_chunks(x, xp)
+    lazy = None if rows is None else namespace_of(rows)
+    if lazy is not None and namespace_of_chunks(rows, lazy) is xp:
+        xp = lazy
+    held = namespace_of_chunks(rows if lazy is xp else x, xp)
     chunks = held if by_chunks else None
     eager = chunks is not None or block_bytes(x, xp) is not None
-    return Call(function, xp, native(x.dtype), device_of(x, xp), eager, decided_by, held, chunks)
+    return Call(function, xp, native(x.dtype), None if held else device_of(x, xp), eager, decided_by, held, chunks)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:

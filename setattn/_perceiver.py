@@ -208,7 +208,7 @@ def _begin(function: str, inputs: Array, p: Any) -> Call:
     if is_absent(table):
         return begin(function, "inputs", inputs, by_chunks=True)
     at = "params.encoder.input.tokens" if isinstance(p, PerceiverIO) else "params.input.tokens"
-    return begin(function, at, table, at, by_chunks=True)
+    return begin(function, at, table, at, by_chunks=True, rows=inputs)
 
 
 def _set_shape(inputs: Array, p: Any) -> tuple[int, ...]:

@@ -181,7 +181,7 @@ def test_keeps_the_dtype_unless_told(backend):
 
 
 def test_nothing_is_copied_where_nothing_changes(backend):
-    params = backend.params(TREE, "float32")
+    params = setattn.convert_params(backend.params(TREE, "float32"), backend.xp)
     for options in ({}, {"dtype": backend.dtype("float32")}):
         for xp in (backend.xp, array_api_compat.array_namespace(leaves(params)[0])):
             for a, b in zip(leaves(params), leaves(setattn.convert_params(params, xp, **options)), strict=True):
