@@ -1036,7 +1036,8 @@ def test_arrays_of_any_shape_are_refused_or_give_the_shape_foreseen(name, data):
 
 def test_one_family():
     kinds = [ShapeError, MaskError, DTypeError, NamespaceError, ParameterError, OptionError, CheckpointError]
-    assert set(ArgumentError.__subclasses__()) == set(kinds)
+    flat = {kind for kind in ArgumentError.__subclasses__() if kind.__module__ == "setattn"}  # streams have one more
+    assert flat == set(kinds)
     for kind in kinds:
         assert issubclass(kind, ValueError) != issubclass(kind, TypeError)
 
