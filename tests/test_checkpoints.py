@@ -15,25 +15,11 @@ import pytest
 from backends import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
+from siglip import HEADS, PREFIX, SHAPES, D, F
 
 import setattn
 from setattn import CheckpointError, DTypeError, NamespaceError, OptionError, ParameterError
 
-D, F, HEADS = 8, 12, 2
-SHAPES = {
-    "probe": (1, 1, D),
-    "attention.in_proj_weight": (3 * D, D),
-    "attention.in_proj_bias": (3 * D,),
-    "attention.out_proj.weight": (D, D),
-    "attention.out_proj.bias": (D,),
-    "layernorm.weight": (D,),
-    "layernorm.bias": (D,),
-    "mlp.fc1.weight": (F, D),
-    "mlp.fc1.bias": (F,),
-    "mlp.fc2.weight": (D, F),
-    "mlp.fc2.bias": (D,),
-}
-PREFIX = "vision_model.head."
 KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "uint8": "U8"}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from siglip import HEADS, PREFIX, SHAPES, D, F
 
 import setattn
 from setattn.__main__ import main
@@ -20,22 +21,7 @@ from setattn._commands import _stream
 from setattn.checkpoints._inspect import examine
 from setattn.checkpoints._safetensors import write_safetensors
 
-D, F, HEADS = 8, 12, 2
-SHAPES = {
-    "probe": (1, 1, D),
-    "attention.in_proj_weight": (3 * D, D),
-    "attention.in_proj_bias": (3 * D,),
-    "attention.out_proj.weight": (D, D),
-    "attention.out_proj.bias": (D,),
-    "layernorm.weight": (D,),
-    "layernorm.bias": (D,),
-    "mlp.fc1.weight": (F, D),
-    "mlp.fc1.bias": (F,),
-    "mlp.fc2.weight": (D, F),
-    "mlp.fc2.bias": (D,),
-}
 NUMBERS = sum(int(np.prod(shape)) for shape in SHAPES.values())
-PREFIX = "vision_model.head."
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(20, 5, D)).astype(np.float32)
 MASK = RNG.random((20, 5)) < 0.6

@@ -77,7 +77,7 @@ def test_the_choice_is_the_smallest(counts, widths, kv_heads, grouped):
     assert all(least <= multiplications(sizes, choose(sizes, order)) for order in ORDERS)
 
 
-P, Q, K, W, O = "project", "carry_queries", "carry_keys", "carry_weights", "carry_output"  # noqa: E741
+P, Q, K, W, O = "project", "carry_queries", "carry_keys", "carry_weights", "carry_output"  # noqa: E741, for tables
 
 
 @pytest.mark.parametrize(

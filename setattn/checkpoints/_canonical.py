@@ -57,11 +57,7 @@ def save_block(path: str | os.PathLike[str], block: Block) -> None:
     arrays: dict[str, Array] = {}
     form = form_of(block.params, "", arrays)
     about = {"version": _VERSION, "function": block.function, "layout": block.layout, "options": block.options}
-    try:
-        write_safetensors(Path(path), arrays, {_KEY: json.dumps(about | {"params": form})})
-    except OSError as error:
-        wanted = f"a file that can be written: {error.strerror}"
-        raise CheckpointError("save", "path", repr(str(path)), wanted) from error
+    write_safetensors(Path(path), arrays, {_KEY: json.dumps(about | {"params": form})})
 
 
 def form_of(tree: Any, path: str, arrays: dict[str, Array]) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from setattn._typing import Shape
-from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._options import for_matching
 from setattn.checkpoints._registry import known_layouts
@@ -23,7 +22,6 @@ class Fit(NamedTuple):
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     problems: tuple[str, ...]
-    block: Block
 
     @property
     def is_whole(self) -> bool:
@@ -35,11 +33,9 @@ def fit(layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mappi
     """Match the names under a prefix with those of a layout."""
     mine = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
     findings = Findings(mine, None, layout.convention)
-    block = layout.build(Weights(findings, prefix), **options)
+    layout.build(Weights(findings, prefix), **options)
     unexpected = tuple(name for name in mine if name not in findings.used)
-    return Fit(
-        layout, prefix, tuple(findings.used), tuple(findings.missing), unexpected, tuple(findings.problems), block
-    )
+    return Fit(layout, prefix, tuple(findings.used), tuple(findings.missing), unexpected, tuple(findings.problems))
 
 
 def fits(

@@ -6,18 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from setattn._errors import OptionError
 from setattn._params import count_params
 from setattn.checkpoints._canonical import is_canonical, load_canonical
 from setattn.checkpoints._fit import Fit, fits, grouped, listed
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._options import choose_options, configured, for_matching, read_config
+from setattn.checkpoints._safetensors import itemsize
 from setattn.checkpoints._sources import Source, open_source
 from setattn.checkpoints._words import Dim, Stand, arrays_of, name_dims
-
-_NARROW = {"bfloat16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}  # bytes of what NumPy has no name for
 
 
 class DTypeShare(NamedTuple):
@@ -93,7 +90,7 @@ def examine(
     for name, shape in opened.shapes.items():
         dtype = opened.dtype(name)
         before = dtypes.get(dtype, DTypeShare(0, 0))
-        dtypes[dtype] = DTypeShare(before.tensors + 1, before.nbytes + math.prod(shape) * _width(dtype))
+        dtypes[dtype] = DTypeShare(before.tensors + 1, before.nbytes + math.prod(shape) * itemsize(dtype))
     file = None if opened.folder is None else str(source)
     if is_canonical(opened):
         return Report(len(opened.shapes), dtypes, (_saved(opened, file),), ())
@@ -128,10 +125,6 @@ def _alike(good: list[Fit], source: Source) -> Iterator[tuple[list[Fit], str | N
     for (*_, outer), several in groups.items():
         by_prefix = {f.prefix: f for f in several}
         yield from (([by_prefix[prefix] for prefix in group], outer) for group in grouped(by_prefix).values())
-
-
-def _width(dtype: str) -> int:
-    return _NARROW[dtype] if dtype in _NARROW else np.dtype(dtype).itemsize
 
 
 # --- what fits ------------------------------------------------------------------------------------------------------

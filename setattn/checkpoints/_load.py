@@ -11,7 +11,7 @@ from setattn._namespace import all_finite, bits_of, namespace_of, normalize_name
 from setattn._typing import Array, Namespace
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import is_canonical, load_canonical
-from setattn.checkpoints._fit import Fit, fits, listed
+from setattn.checkpoints._fit import Fit, fit, fits, listed
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._options import choose_options, read_config
 from setattn.checkpoints._registry import known_layouts
@@ -43,14 +43,14 @@ def load_block(
     known = read_config(config, opened.folder)
     chosen = known_layouts()[layout] if layout is not None else _recognised(opened, prefix, options, known)
     values = choose_options(chosen, options, known)
-    _check_names(opened, chosen, prefix, options, known)
+    names = fit(chosen, opened.shapes, prefix, values)
+    if not names.is_whole or names.problems:
+        hints = "" if names.is_whole else _elsewhere(opened, options, known, chosen)
+        raise _unlike(opened, names, hints)
 
     mine = {name: shape for name, shape in opened.shapes.items() if name.startswith(prefix)}
     findings = Findings(mine, reader.read, chosen.convention)
     block = chosen.build(Weights(findings, prefix), **values)
-    if findings.problems:
-        wanted = f"the tensors of layout {chosen.name!r}: {'; '.join(findings.problems)}"
-        raise CheckpointError("load", "source", opened.name, wanted)
     return Block(block.function, block.params, block.options, chosen.name)
 
 
@@ -99,22 +99,11 @@ def _recognised(source: Source, prefix: str, given: Mapping[str, Any], config: M
     raise CheckpointError("load", "layout", "not given", wanted)
 
 
-def _check_names(
-    source: Source, layout: Layout, prefix: str, given: Mapping[str, Any], config: Mapping[str, Any]
-) -> None:
-    """Check the names and shapes of all tensors before one is read."""
-    f = fits(source.shapes, given, config, layout=layout, prefix=prefix)[0]
-    if f.is_whole and not f.problems:
-        return
-    parts = []
-    if f.missing:
-        parts.append(f"missing {listed(f.missing)}")
-    if f.unexpected:
-        parts.append(f"unexpected {listed(f.unexpected)}")
-    parts += f.problems
-    hints = "" if f.is_whole else _elsewhere(source, given, config, layout)
-    wanted = f"the tensors of layout {layout.name!r}: {'; '.join(parts)}{hints}"
-    raise CheckpointError("load", "source", source.name, wanted)
+def _unlike(source: Source, names: Fit, hints: str) -> CheckpointError:
+    """Say all that speaks against a layout, before a tensor is read."""
+    parts = [f"{word} {listed(found)}" for word in ("missing", "unexpected") if (found := getattr(names, word))]
+    wanted = f"the tensors of layout {names.layout.name!r}: {'; '.join([*parts, *names.problems])}{hints}"
+    return CheckpointError("load", "source", source.name, wanted)
 
 
 def _elsewhere(

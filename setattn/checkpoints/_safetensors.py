@@ -42,6 +42,16 @@ _DTYPES = {
 _OTHER = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}  # sizes of types that are not read
 
 
+def _width(kind: str) -> int:
+    return np.dtype(_DTYPES[kind][0]).itemsize if kind in _DTYPES else _OTHER[kind]
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one number of a dtype, by the name that a source gives it."""
+    kind = next((kind for kind, (_, name) in _DTYPES.items() if name == dtype), dtype)
+    return _width(kind) if kind in _DTYPES or kind in _OTHER else np.dtype(dtype).itemsize
+
+
 class _Entry(NamedTuple):
     kind: str
     shape: Shape
@@ -131,7 +141,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
         raise _broken(path, f"a name as dtype, and sizes and two offsets not below 0, of tensor {name!r}")
     if kind not in _DTYPES and kind not in _OTHER:
         raise _broken(path, f"a known dtype of tensor {name!r}, not {kind[:20]!r}")
-    width = np.dtype(_DTYPES[kind][0]).itemsize if kind in _DTYPES else _OTHER[kind]
+    width = _width(kind)
     begin, end = offsets
     if end - begin != math.prod(shape) * width:
         wanted = (
@@ -163,7 +173,7 @@ _KINDS = {name: (kind, np.dtype(stored)) for kind, (stored, name) in _DTYPES.ite
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write arrays of any library, one after another."""
+    """Write arrays of any library, one after another, for a public function ``save(path, ...)``."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, a in arrays.items():
@@ -173,13 +183,22 @@ def write_safetensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping
         place = end
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
-    with whole_file(path) as part, part.open("wb") as file:
-        file.write(len(text).to_bytes(_LENGTH, "little") + text)
-        for a in arrays.values():
-            host = np.ascontiguousarray(to_numpy(a))
-            if _name(a) == "bfloat16":
-                host = (host.astype(np.float32, copy=False).view(np.uint32) >> 16).astype(np.uint16)
-            file.write(host.astype(_KINDS[_name(a)][1], copy=False).data)
+    try:
+        with whole_file(path) as part, part.open("wb") as file:
+            file.write(len(text).to_bytes(_LENGTH, "little") + text)
+            for a in arrays.values():
+                file.write(_stored(a).data)
+    except OSError as error:
+        wanted = f"a file that can be written: {error.strerror}"
+        raise CheckpointError("save", "path", repr(str(path)), wanted) from error
+
+
+def _stored(a: Array) -> np.ndarray[Any, Any]:
+    """Return an array as it stands in a file."""
+    host = np.ascontiguousarray(to_numpy(a))
+    if _name(a) == "bfloat16":
+        return (host.astype(np.float32, copy=False).view(np.uint32) >> 16).astype(np.uint16)
+    return host.astype(_KINDS[_name(a)][1], copy=False)
 
 
 def is_writable(a: Array) -> bool:

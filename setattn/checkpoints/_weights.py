@@ -201,7 +201,8 @@ class Weights:
         return [part if isinstance(part, int) else self._f.sizes[part].size for part in parts]
 
     def _reshaped(self, a: Array, axes: Sequence[Axis]) -> Array:
-        return namespace_of(a).reshape(a, tuple(self._sizes(axes)))  # type: ignore[union-attr]
+        xp: Any = namespace_of(a)
+        return xp.reshape(a, tuple(self._sizes(axes)))
 
     def _weight(self, w: Array, part: int, inputs: Sequence[int | str], outputs: Sequence[int | str]) -> Array:
         """Cut one map's weight out of a tensor and turn it to ``(*inputs, *outputs)``, without a copy."""

@@ -136,7 +136,7 @@ def _pyg_pma(w: Weights, num_heads: int) -> PMA:
 
 def _pyg_mab(w: Weights, num_heads: int) -> MAB:
     return MAB(
-        attention=torch_attention(w, "attn", "dim", "dim", num_heads, bias=True),
+        attention=torch_attention(w, "attn", "dim", "dim", num_heads),
         ff=FeedForward(w.linear("lin", ["dim"], ["dim"])),
         attention_norm=_optional_norm(w, "layer_norm1"),
         output_norm=_optional_norm(w, "layer_norm2"),

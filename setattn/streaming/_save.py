@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +64,6 @@ def save(path: str | os.PathLike[str], state: State, /) -> None:
     ...     setattn.streaming.load(path)
     <setattn.streaming.State pma, batch (), 5 elements in 1 chunks>
     """
-    import json
-
     is_state("save", "state", state)
     plan = state.options.get("plan")
     known = is_integer(state.length) or state.length is None
@@ -88,11 +87,7 @@ def save(path: str | os.PathLike[str], state: State, /) -> None:
         "forms": {name: form_of(part, name, arrays) for name, part in tree.items()},
         **{name: getattr(state, name) for name in _COUNTS},
     }
-    try:
-        write_safetensors(Path(path), arrays, {_KEY: json.dumps(about)})
-    except OSError as error:
-        wanted = f"a file that can be written: {error.strerror}"
-        raise CheckpointError("save", "path", repr(str(path)), wanted) from error
+    write_safetensors(Path(path), arrays, {_KEY: json.dumps(about)})
 
 
 def load(path: str | os.PathLike[str], /, *, xp: Namespace | None = None, device: Any = None) -> State:
@@ -137,8 +132,6 @@ def load(path: str | os.PathLike[str], /, *, xp: Namespace | None = None, device
     >>> state
     <setattn.streaming.State pma, batch (), 12 elements in 3 chunks>
     """
-    import json
-
     try:
         source = SafetensorsFile(Path(path))
     except (OSError, TypeError) as error:

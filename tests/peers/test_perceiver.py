@@ -61,7 +61,7 @@ def test_encoder(peer, rng, changed):
     c = config(**changed)
     module = get("PerceiverModel")(c)
     x, masks = draw(rng, 3, 7, 12), {"mask": some(rng, 3, 7)}
-    call = lambda m, x, mask=None: m(x, attention_mask=mask).last_hidden_state  # noqa: E731
+    call = lambda m, x, mask=None: m(x, attention_mask=mask).last_hidden_state  # noqa: E731, in one line
     peer(LAYOUT, module, call, x, config=file(c), differences=DIFFERENCES)
     peer(LAYOUT, module, call, x, masks=masks, config=file(c))
 
@@ -95,7 +95,7 @@ def test_text_classes(peer, rng):
     c = config(vocab_size=9, max_position_embeddings=7)
     module = get("PerceiverForSequenceClassification")(c)
     x, masks = rng.integers(0, 9, (3, 7)), {"mask": some(rng, 3, 7)}
-    call = lambda m, x, mask: m(x, attention_mask=mask).logits[:, None]  # noqa: E731
+    call = lambda m, x, mask: m(x, attention_mask=mask).logits[:, None]  # noqa: E731, in one line
     peer(LAYOUT, module, call, x, masks=masks, config=file(c))
 
 
@@ -107,7 +107,7 @@ def image(x, height, width):
 def test_learned_positions(peer, rng):
     c = config(image_size=4, num_blocks=2)
     module = get("PerceiverForImageClassificationLearned")(c)
-    call = lambda m, x, mask=None: m(image(x, 4, 4), attention_mask=mask).logits[:, None]  # noqa: E731
+    call = lambda m, x, mask=None: m(image(x, 4, 4), attention_mask=mask).logits[:, None]  # noqa: E731, in one line
     x, masks = draw(rng, 2, 16, 3), {"mask": some(rng, 2, 16)}
     peer(LAYOUT, module, call, x, config=file(c))
     peer(LAYOUT, module, call, x, masks=masks, config=file(c))

@@ -87,7 +87,7 @@ def test_language(peer, rng, blocks):
     c = config(d_model=16, vocab_size=9, max_position_embeddings=7, num_blocks=blocks, **ACTIVATION)
     module = get("PerceiverForMaskedLM")(c)
     x, masks = rng.integers(0, 9, (3, 6)), {"mask": some(rng, 3, 6)}
-    call = lambda m, x, mask=None: m(x, attention_mask=mask).logits  # noqa: E731
+    call = lambda m, x, mask=None: m(x, attention_mask=mask).logits  # noqa: E731, in one line
     options = OPTIONS | {"num_blocks": blocks}
     peer(LAYOUT, module, call, x, keys=haiku, options=options, differences=DIFFERENCES)
     peer(LAYOUT, module, call, x, masks=masks, keys=haiku, options=options)
@@ -96,7 +96,7 @@ def test_language(peer, rng, blocks):
 def test_learned_positions(peer, rng):
     c = config(image_size=4, num_blocks=2, **ACTIVATION)
     module = get("PerceiverForImageClassificationLearned")(c)
-    call = lambda m, x, mask: m(image(x, 4, 4), attention_mask=mask).logits[:, None]  # noqa: E731
+    call = lambda m, x, mask: m(image(x, 4, 4), attention_mask=mask).logits[:, None]  # noqa: E731, in one line
     x, masks = draw(rng, 2, 16, 3), {"mask": some(rng, 2, 16)}
     peer(LAYOUT, module, call, x, masks=masks, keys=haiku, config=file(c))
 

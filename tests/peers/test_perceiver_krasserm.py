@@ -103,7 +103,7 @@ def test_texts(peer, rng, tied, keys):
     given = {"txt_embedding": module.encoder.input_adapter.txt_embedding} if tied else {}
     for n in 7, 5, 1:
         x = rng.integers(0, 9, (2, n))
-        call = lambda m, x: m.decoder(m.encoder(x), **given)  # noqa: E731
+        call = lambda m, x: m.decoder(m.encoder(x), **given)  # noqa: E731, in one line
         peer(LAYOUT, module, call, x, keys=keys, prefix="backend_model.", config=config)
         with torch.no_grad():
             assert (module(torch.from_numpy(x)) == call(module, torch.from_numpy(x))[:, :n]).all()
