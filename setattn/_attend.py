@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
 from setattn._context import Context, log_length, ready
 from setattn._layers import AnyNorm, Options, folded, norm
+from setattn._order import Order
 from setattn._params import Attention, Linear, is_absent
 from setattn._state import (
     State,
@@ -29,13 +31,12 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
     query, p = _asked(query, p, o, query_norm)
     if o.attend is not None:
         return o.attend(query, contexts, p, o)
-    if len(contexts) == 1 and _parts(query, contexts[0], p, o) is None:
-        order = order_of(query, contexts[0], p, o, whole=True)
-        if order.values == "carry_output":
-            log_n = log_length_of(query, contexts, p, o)
-            context, p = _folded(contexts[0], p, o)
-            return attend_at_once(queries(query, context, p, order, o, log_n), ready(context, o), p, o)
-    return output(finish(state_of(query, contexts, p, o), o.xp), query, p, o.xp)
+    ways = _ways(query, contexts, p, o)
+    if ways[0].order.values == "carry_output":
+        log_n = log_length_of(query, contexts, p, o)
+        context, p = _folded(contexts[0], p, o)
+        return attend_at_once(queries(query, context, p, ways[0].order, o, log_n), ready(context, o), p, o)
+    return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
 def part_of_attention(
@@ -48,25 +49,45 @@ def part_of_attention(
 
 def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple[Array, Attention]:
     """Normalise the queries, or leave some of it to their projection."""
+    if is_absent(query_norm):
+        return query, p
     query_norm, (to_queries,) = folded(query_norm, (p.query,), query.shape[-2], o.xp)
     return norm(query, query_norm, o), p._replace(query=to_queries)
 
 
+class Way(NamedTuple):
+    """How queries attend to a context, whatever the batch."""
+
+    order: Order
+    cuts: list[slice] | None  # of its elements into blocks, if it is more than one
+
+
+def _ways(query: Array, contexts: Sequence[Context], p: Attention, o: Options, *, in_part: bool = False) -> list[Way]:
+    """Choose how to attend to each context; the output projection is carried to one that is all and in one block."""
+    cuts = [_cuts(query, context, p, o) for context in contexts]
+    whole = not in_part and cuts == [None]
+    return [Way(order_of(query, y, p, o, whole=whole), own) for y, own in zip(contexts, cuts, strict=True)]
+
+
 def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
     """Make the state of queries and all contexts, block by block."""
+    return _state_of(query, contexts, _ways(query, contexts, p, o, in_part=True), p, o)
+
+
+def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p: Attention, o: Options) -> State:
     axis, most = _sets(query, contexts, p, o)
     if axis is not None:
 
         def sets(c: slice) -> State:
             b = Block(axis, c)
             own = query if len(query.shape) == 2 else b.of(query)
-            return state_of(own, [context.seen_by(b) for context in contexts], p, o)
+            return _state_of(own, [context.seen_by(b) for context in contexts], ways, p, o)
 
         parts = run(sets, cut(contexts[0].elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
     log_n = log_length_of(query, contexts, p, o)
-    states = [_state_of_one(query, context, p, o, log_n) for context in contexts]
+    states = (_state_of_one(query, *each, p, o, log_n) for each in zip(contexts, ways, strict=True))
     return fold(lambda a, b: merge_states(a, b, o.xp), states)
 
 
@@ -75,18 +96,21 @@ def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Op
     return None if is_absent(p.length_scale) else log_length(query, contexts, o.xp)
 
 
-def _state_of_one(query: Array, context: Context, p: Attention, o: Options, log_n: Array | None) -> State:
-    order, cuts = order_of(query, context, p, o), _parts(query, context, p, o)
+def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Options, log_n: Array | None) -> State:
     context, p = _folded(context, p, o)
-    q = queries(query, context, p, order, o, log_n)
-    blocks = [context] if cuts is None else [context.part(c) for c in cuts]
-    states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
-    return of_values(fold(lambda a, b: merge_states(a, b, o.xp), states), order, p, o.xp)
+    q = queries(query, context, p, way.order, o, log_n)
+    if way.cuts is None:
+        state = make_state(q, ready(context, o), p, o)
+    else:
+        blocks = [context.part(c) for c in way.cuts]
+        states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
+        state = fold(lambda a, b: merge_states(a, b, o.xp), states)
+    return of_values(state, way.order, p, o.xp)
 
 
 def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attention]:
     """Move the scale and bias of a context's norm into its projections, if nothing comes between them."""
-    if context.key_positions is not None:
+    if is_absent(context.norm) or context.key_positions is not None:
         return context, p
     bare, (key, value) = folded(context.norm, (p.key, p.value), context.elements.shape[-2], o.xp)
     return context._replace(norm=bare), p._replace(key=key, value=value)
@@ -127,7 +151,7 @@ def by_queries(
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)
 
 
-def _parts(query: Array, context: Context, p: Attention, o: Options) -> list[slice] | None:
+def _cuts(query: Array, context: Context, p: Attention, o: Options) -> list[slice] | None:
     """Cut the elements of a context into blocks; ``None`` where they are one."""
     size = rows_in_a_block(o.plan, context.elements, _numbers_per_element(query, context, p), o.xp)
     n = context.elements.shape[-2]

@@ -115,7 +115,8 @@ def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: 
 
 def fold(merge: Callable[[T, T], T], parts: Iterable[T]) -> T:
     """Merge parts as a balanced tree, in their order: no rounding error is carried through all of them."""
-    levels: Levels[T] = ()
+    parts = iter(parts)
+    levels: Levels[T] = ((1, next(parts)),)
     for part in parts:
         levels = combine(merge, levels, ((1, part),))
     return total(merge, levels)

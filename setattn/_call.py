@@ -25,6 +25,7 @@ class Call(NamedTuple):
 
     function: str
     xp: Namespace
+    kind: type  # of the first array
     dtype: Any
     device: Any
     eager: bool
@@ -58,7 +59,7 @@ def begin(
     held = namespace_of_chunks(rows if lazy is xp else x, xp)
     chunks = held if by_chunks else None
     eager = chunks is not None or block_bytes(x, xp) is not None
-    return Call(function, xp, native(x.dtype), None if held else device_of(x, xp), eager, decided_by, held, chunks)
+    return Call(function, xp, type(x), native(x.dtype), None if held else device_of(x, xp), eager, decided_by, held, chunks)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:

@@ -19,6 +19,7 @@ from setattn._namespace import (
     name_of,
     namespace_of,
     native,
+    surely_like,
     unlike_others,
 )
 from setattn._order import SCORES, VALUES, Order
@@ -53,15 +54,16 @@ def _belongs(call: Call, argument: str, a: Any) -> None:
             raise NamespaceError(
                 call.function, argument, f"on device {device}", f"device {call.device}, as {call.decided_by} is"
             )
-    if call.chunks is None or argument.startswith("params"):
+    if call.held is not None and (call.chunks is None or argument.startswith("params")):
         known(call, argument, a, *a.shape)
 
 
 def known(call: Call, argument: str, a: Array, *sizes: float) -> None:
     """Check that sizes are known: one that a lazy array does not know is NaN."""
-    if any(size != size for size in sizes):
-        wanted = "known sizes: call compute_chunk_sizes() on the array first"
-        raise ShapeError(call.function, argument, tuple(a.shape), wanted, "shape")
+    for size in sizes:
+        if size != size:
+            wanted = "known sizes: call compute_chunk_sizes() on the array first"
+            raise ShapeError(call.function, argument, tuple(a.shape), wanted, "shape")
 
 
 def alike(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -70,6 +72,9 @@ def alike(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def floating(call: Call, argument: str, a: Any) -> None:
+    """Check that an array is of the library, device and dtype of the first one."""
+    if surely_like(a, call.kind, call.dtype, call.device, call.xp):
+        return
     _belongs(call, argument, a)
     if a.dtype != call.dtype and native(a.dtype) != call.dtype:
         raise DTypeError(call.function, argument, a.dtype, f"{call.dtype}, as {call.decided_by} has", "dtype")

@@ -28,19 +28,17 @@ def namespace_of(x: Any) -> Namespace | None:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(x, torch.Tensor):
             import array_api_compat.torch as namespace
-
-            _namespaces[kind] = namespace
-            return namespace
-        try:
-            namespace = array_api_compat.array_namespace(x)
-        except TypeError:
-            return None
-        _namespaces[kind] = _dask(namespace) if name_of(namespace) == "dask" else namespace
+        else:
+            try:
+                namespace = array_api_compat.array_namespace(x)
+            except TypeError:
+                return None
+        _namespaces[kind] = _adapter_of(namespace)
     return _namespaces[kind]
 
 
-class _Dask:
-    """Dask's namespace, but for two functions that fail where an array, or one chunk of it, has no elements."""
+class _Adapted:
+    """A namespace, but for some of its functions."""
 
     def __init__(self, module: Namespace) -> None:
         self._module = module
@@ -48,6 +46,67 @@ class _Dask:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+class _Written(_Adapted):
+    """A namespace whose functions write into arrays that they are given as ``out``."""
+
+
+class _NumPy(_Written):
+    """NumPy's, by the shortest ways: the usual ones take longer to look for other kinds of arrays than to compute."""
+
+    exp, sqrt, isfinite = np.exp, np.sqrt, np.isfinite
+    add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
+    where = staticmethod(np.where)
+    reshape = staticmethod(np.ndarray.reshape)
+    permute_dims = staticmethod(np.ndarray.transpose)
+    # OpenBLAS raises flags of floating-point errors for lanes that it pads a small matrix with and then discards: they
+    # depend on what the memory held before, and say nothing of the product.
+    matmul = staticmethod(np.errstate(all="ignore")(np.matmul))
+    vecdot = staticmethod(np.errstate(all="ignore")(np.vecdot))
+
+    @staticmethod
+    def matrix_transpose(x: Array) -> Array:
+        return x.mT
+
+    @staticmethod
+    def max(x: Array, *, axis: int, keepdims: bool) -> Array:
+        return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
+    def sum(x: Array, *, axis: int | None = None, keepdims: bool = False, dtype: Any = None) -> Array:
+        return np.add.reduce(x, axis=axis, keepdims=keepdims, dtype=dtype)
+
+
+class _Torch(_Adapted):
+    """PyTorch's, past the promotion of dtypes: the arrays of a call have one."""
+
+    def __init__(self, module: Namespace) -> None:
+        super().__init__(module)
+        torch = sys.modules["torch"]
+        self.exp, self.sqrt, self.isfinite, self.matmul = torch.exp, torch.sqrt, torch.isfinite, torch.matmul
+        self.add, self.subtract, self.multiply, self.divide = torch.add, torch.sub, torch.mul, torch.div
+        self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
+
+    @staticmethod
+    def matrix_transpose(x: Array) -> Array:
+        return x.mT
+
+    @staticmethod
+    def max(x: Array, *, axis: int, keepdims: bool) -> Array:
+        return x.amax(axis, keepdims)
+
+    @staticmethod
+    def sum(x: Array, *, axis: Any = None, keepdims: bool = False, dtype: Any = None) -> Array:
+        return x.sum(axis, keepdims, dtype=dtype)
+
+    @staticmethod
+    def mean(x: Array, *, axis: int, keepdims: bool) -> Array:
+        return x.mean(axis, keepdims)
+
+
+class _Dask(_Adapted):
+    """Dask's, but for two functions that fail where an array, or one chunk of it, has no elements."""
 
     def reshape(self, x: Array, shape: Shape) -> Array:
         if 0 not in shape:
@@ -62,7 +121,18 @@ class _Dask:
         return reduction(x, chunk=largest, aggregate=largest, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
 
-_dask = functools.cache(_Dask)
+_ADAPTERS: dict[str, type[_Adapted]] = {"numpy": _NumPy, "cupy": _Written, "torch": _Torch, "dask": _Dask}
+_adapted: dict[str, Namespace] = {}
+
+
+def _adapter_of(namespace: Namespace) -> Namespace:
+    """Return the one adapter of a namespace, or the namespace itself where it needs none."""
+    name = name_of(namespace)
+    if name not in _ADAPTERS:
+        return namespace
+    if name not in _adapted:
+        _adapted[name] = _ADAPTERS[name](namespace)
+    return _adapted[name]
 
 
 def name_of(xp: Namespace) -> str:
@@ -91,6 +161,8 @@ def normalize_namespace(xp: Namespace) -> Namespace | None:
 
 def bits_of(dtype: Any, xp: Namespace) -> int:
     """Return the width of a real floating dtype, or 0 for any other."""
+    if isinstance(dtype, np.dtype):
+        return 8 * dtype.itemsize if dtype.kind == "f" else 0
     try:
         if not xp.isdtype(dtype, "real floating"):
             return 0
@@ -154,6 +226,15 @@ def device_of(x: Array, xp: Namespace) -> Any:
     return None if name_of(xp) == "numpy" else x.device
 
 
+def surely_like(a: Any, x: type, dtype: Any, device: Any, xp: Namespace) -> bool:
+    """Say whether something is an array of a type, dtype and device, where these few comparisons tell."""
+    if type(a) is not x or a.dtype != dtype:
+        return False
+    if isinstance(xp, _Torch):
+        return a.device == device and a.layout is xp.strided and not a.is_nested
+    return isinstance(xp, _NumPy)
+
+
 def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
     """Say what an array is and what it should be, where it is of a kind that the rest of its library does not take."""
     name = name_of(xp)
@@ -205,15 +286,8 @@ def all_finite(x: Array, xp: Namespace) -> bool:
 
 
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
-    """Multiply matrices, without asking NumPy for the floating-point flags.
-
-    OpenBLAS raises some of them for lanes that it pads a small matrix with and then discards: they depend on what the
-    memory held before, and say nothing of the product.
-    """
-    if name_of(xp) != "numpy":
-        return xp.matmul(a, b)
-    with np.errstate(all="ignore"):
-        return xp.matmul(a, b)
+    """Multiply matrices."""
+    return xp.matmul(a, b)
 
 
 _CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
@@ -225,6 +299,8 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
     On a CPU, what a core's share of the caches holds; on a GPU, enough for a kernel to be busy with. A loop that is
     traced becomes as many copies of its body, and Dask has blocks of its own.
     """
+    if isinstance(xp, _NumPy):
+        return _CACHE
     name = name_of(xp)
     if name == "dask":
         return None
@@ -290,35 +366,33 @@ def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
     Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
     """
     function = getattr(xp, operation)
-    return function(a, b, out=a) if name_of(xp) in ("numpy", "cupy") else function(a, b)
+    return function(a, b, out=a) if isinstance(xp, _Written) else function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
-    return xp.exp(a, out=a) if name_of(xp) in ("numpy", "cupy") else xp.exp(a)
+    return xp.exp(a, out=a) if isinstance(xp, _Written) else xp.exp(a)
 
 
 def row_mean(x: Array, xp: Namespace) -> Array:
     """Average the last axis, and keep it: NumPy's dot product of rows is faster than its mean."""
-    if name_of(xp) != "numpy":
+    if not isinstance(xp, _NumPy):
         return xp.mean(x, axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return xp.vecdot(x, xp.ones(x.shape[-1], dtype=x.dtype, device=x.device))[..., None] / x.shape[-1]
+    return xp.vecdot(x, xp.ones(x.shape[-1], dtype=x.dtype, device=x.device))[..., None] / x.shape[-1]
 
 
 def row_mean_square(x: Array, xp: Namespace) -> Array:
     """Average the squares on the last axis, and keep it."""
-    if name_of(xp) != "numpy":
+    if not isinstance(xp, _NumPy):
         return xp.mean(x * x, axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return xp.vecdot(x, x)[..., None] / x.shape[-1]
+    return xp.vecdot(x, x)[..., None] / x.shape[-1]
 
 
 def relu(x: Array, xp: Namespace) -> Array:
     """Compute ``max(x, 0)``, of NaN a NaN; ``where`` takes several times as long where it is not compiled."""
-    if name_of(xp) == "torch":
+    if isinstance(xp, _Torch):
         return x.relu()
-    return np.maximum(x, x.dtype.type(0)) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
+    return np.maximum(x, x.dtype.type(0)) if isinstance(xp, _NumPy) else xp.where(x <= 0, 0.0, x)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

@@ -6,7 +6,7 @@ error names the argument the user wrote rather than the product that would have 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from setattn._call import Call
 from setattn._check import Width, floating, known
@@ -47,10 +47,10 @@ def nodes(call: Call, path: str, p: Any, wanted: str, *, at_least: int) -> None:
 
 def array(call: Call, path: str, a: Any, *wanted: int | str, to_match: str = "") -> None:
     """Check one parameter array; a word in the wanted shape stands for any size from 1."""
-    if is_absent(a):
-        raise ParameterError(call.function, path, "absent", f"an array of {name_of(call.xp)}")
     if a is None:
         raise NamespaceError(call.function, path, "None", f"an array of {name_of(call.xp)}{_OR_ABSENT}")
+    if isinstance(a, tuple) and is_absent(a):
+        raise ParameterError(call.function, path, "absent", f"an array of {name_of(call.xp)}")
     floating(call, path, a)
     shape = a.shape
     fits = len(shape) == len(wanted)
@@ -66,10 +66,14 @@ def _words(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int = 0) -> None:
-    """Check one axis of a parameter against the width it meets; where an argument has that width, it is named."""
-    if a.shape[axis] == x.size:
-        return
+def meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int) -> None:
+    """Check one axis of a parameter against the width it meets."""
+    if a.shape[axis] != x.size:
+        unmet(call, x, path, a, *wanted, axis=axis)
+
+
+def unmet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int = 0) -> NoReturn:
+    """Say that a parameter does not meet a width; where an argument has that width, it is named."""
     if x.shape is None or a.shape[axis] <= x.beside:
         raise ShapeError(call.function, path, tuple(a.shape), f"{_words(wanted)} to match {x.source}", "shape")
     beside = f" with {x.beside} features beside it" if x.beside else ""
@@ -77,13 +81,14 @@ def meet(call: Call, x: Width, path: str, a: Any, *wanted: int | str, axis: int 
     raise ShapeError(call.function, x.source, x.shape, to_match, "shape")
 
 
-def linear(call: Call, path: str, p: Any, x: Width, *out: int | str, to_match: str = "") -> tuple[int, ...]:
+def linear(call: Call, path: str, p: Any, x: Width, *out: int | str, to_match: str = "") -> list[int]:
     """Check an affine map of the last axis of something, and return the sizes it maps to."""
     node(call, path, p, Linear)
     weight = f"{path}.weight"
     array(call, weight, p.weight, "dim_in", *out, to_match=to_match)
-    meet(call, x, weight, p.weight, x.size, *out)
-    sizes = tuple(p.weight.shape[1:])
+    width, *sizes = p.weight.shape
+    if width != x.size:
+        unmet(call, x, weight, p.weight, x.size, *out)
     if not is_absent(p.bias):
         array(call, f"{path}.bias", p.bias, *sizes, to_match=weight)
     return sizes
@@ -105,7 +110,8 @@ def norm(call: Call, path: str, p: Any, x: Width) -> None:
             continue
         at = f"{path}.{name}"
         array(call, at, a, "dim")
-        meet(call, x, at, a, x.size)
+        if a.shape[0] != x.size:
+            unmet(call, x, at, a, x.size)
 
 
 def feed_forward(call: Call, path: str, p: Any, x: Width) -> Width:
