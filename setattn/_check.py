@@ -16,6 +16,7 @@ from setattn._namespace import (
     has_own_threads,
     is_boolean,
     is_integral,
+    largest_number,
     name_of,
     namespace_of,
     native,
@@ -173,17 +174,15 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
-
-
 def number(call: Call, argument: str, value: Any, *, positive: bool) -> float:
     """Check a finite number, positive or at least not negative, and return it as Python's, which widens no array."""
     x = _number(value)
     # By comparisons alone, which torch.compile can trace where it takes an option for a symbol.
     if not 0 <= x < math.inf or (positive and x == 0):
         raise OptionError(call.function, argument, repr(value), _finite(positive))
-    if x > LARGEST_FLOAT32 and bits_of(call.dtype, call.xp) != 64:
-        wanted = f"a number of at most {LARGEST_FLOAT32:.8g}, the largest of float32, which is computed in"
+    most = largest_number(call.dtype, call.xp)
+    if x > most:
+        wanted = f"a number of at most {most:.8g}, the largest of float32, which is computed in"
         raise OptionError(call.function, argument, repr(value), wanted)
     return x
 

@@ -101,17 +101,26 @@ def ready(context: Context, o: Options) -> Context:
         elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
     keys = None if context.key_positions is None else enter(context.key_positions, context.mask, o)
-    first, then = context.prepare, context.norm
-    context = context._replace(elements=elements, bias=bias, prepare=None, norm=(), embedding=(), key_positions=keys)
-    if context.pair_mask is not None:
-        context = _hide(context, o.xp)
-    if first is not None:
-        context = context._replace(elements=first(context.elements))
-    if not is_absent(then):
-        context = context._replace(elements=norm(context.elements, then, o))
-    if context.pair_mask is not None and not (first is None and is_absent(then)):
-        context = _hide(context, o.xp)
-    return context
+    seen = context.pair_mask is None
+    taken = Context(
+        _prepared(elements, context, o) if seen else elements,
+        context.mask,
+        context.pair_mask,
+        bias,
+        poisoned=context.poisoned,
+        length=context.length,
+        key_positions=keys,
+    )
+    if not seen:
+        taken = _hide(taken, o.xp)
+        if context.prepare is not None or not is_absent(context.norm):
+            taken = _hide(taken._replace(elements=_prepared(taken.elements, context, o)), o.xp)
+    return taken
+
+
+def _prepared(elements: Array, context: Context, o: Options) -> Array:
+    """Do to elements what a context says is to be done first."""
+    return norm(elements if context.prepare is None else context.prepare(elements), context.norm, o)
 
 
 def _hide(context: Context, xp: Namespace) -> Context:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, is_half, widen
-from setattn._namespace import erf, into, matmul, relu, row_mean, row_mean_square, surely_within
+from setattn._namespace import erf, into, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -54,7 +54,7 @@ def select(x: Array, mask: Array | None, xp: Namespace) -> Array:
 
 def enter(x: Array, mask: Array | None, o: Options) -> Array:
     """Take data in: select what takes part, and widen half precision."""
-    x = select(x, mask, o.xp)
+    x = x if mask is None else select(x, mask, o.xp)
     return widen(x, o.xp) if o.half else x
 
 
@@ -62,8 +62,7 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
     """Compute ``x @ weight + bias``, or ``x`` itself where the map is absent."""
     if not isinstance(p, Linear):
         return x
-    y = matmul(x, p.weight, xp)
-    return y if is_absent(p.bias) else into("add", y, p.bias, xp)
+    return matmul(x, p.weight, xp) if is_absent(p.bias) else matmul_add(x, p.weight, p.bias, xp)
 
 
 def affine(x: Array, p: Linear | Absent, o: Options) -> Array:
@@ -156,6 +155,8 @@ def residual_feed_forward(x: Array, p: Any, o: Options) -> Array:
 
 def normed_feed_forward(x: Array, p: AnyNorm, ff: FeedForward, o: Options) -> Array:
     """Compute ``ff(norm(x))``."""
+    if is_absent(p):
+        return feed_forward(x, ff, o)
     p, (hidden, gate) = folded(p, (ff.hidden, ff.gate), x.shape[-2], o.xp)
     return feed_forward(norm(x, p, o), ff._replace(hidden=hidden, gate=gate), o)
 
@@ -165,9 +166,11 @@ def folded(p: AnyNorm, maps: tuple[Linear | Absent, ...], rows: int, xp: Namespa
 
     ``(y * scale + bias) @ weight`` is ``y @ (scale * weight) + bias @ weight``.
     """
+    if not isinstance(p, LayerNorm | RMSNorm) or is_absent(p.scale):
+        return p, maps
     linears = [m for m in maps if isinstance(m, Linear)]
     columns = sum(math.prod(m.weight.shape[1:]) for m in linears)
-    if not isinstance(p, LayerNorm | RMSNorm) or is_absent(p.scale) or not linears or not _pays(rows, columns):
+    if not linears or not _pays(rows, columns):
         return p, maps
     bias = p.bias if isinstance(p, LayerNorm) else ()
     return type(p)(), tuple(_absorb(m, p.scale, bias, xp) if isinstance(m, Linear) else m for m in maps)

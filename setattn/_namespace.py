@@ -161,7 +161,7 @@ def normalize_namespace(xp: Namespace) -> Namespace | None:
 
 def bits_of(dtype: Any, xp: Namespace) -> int:
     """Return the width of a real floating dtype, or 0 for any other."""
-    if isinstance(dtype, np.dtype):
+    if isinstance(dtype, np.dtype) and dtype.kind in "biufc":
         return 8 * dtype.itemsize if dtype.kind == "f" else 0
     try:
         if not xp.isdtype(dtype, "real floating"):
@@ -170,6 +170,14 @@ def bits_of(dtype: Any, xp: Namespace) -> int:
     except (AttributeError, TypeError, ValueError):
         return 0
     return bits
+
+
+def largest_number(dtype: Any, xp: Namespace) -> float:
+    """Return the largest finite number of float64, or for any narrower dtype that of float32."""
+    return sys.float_info.max if bits_of(dtype, xp) == 64 else LARGEST_FLOAT32
+
+
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def why_not(dtype: str, xp: Namespace) -> str:
@@ -290,6 +298,13 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     return xp.matmul(a, b)
 
 
+def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
+    """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
+    if isinstance(xp, _Torch):
+        return xp.nn.functional.linear(a, b.mT, c)
+    return into("add", xp.matmul(a, b), c, xp)
+
+
 _CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
 
 
@@ -386,6 +401,13 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
     if not isinstance(xp, _NumPy):
         return xp.mean(x * x, axis=-1, keepdims=True)
     return xp.vecdot(x, x)[..., None] / x.shape[-1]
+
+
+def at_least(x: Array, limit: float, xp: Namespace) -> Array:
+    """Compute ``max(x, limit)`` in the same way, of NaN a NaN."""
+    if isinstance(xp, _NumPy):
+        return np.maximum(x, x.dtype.type(limit))
+    return x.clamp(limit) if isinstance(xp, _Torch) else xp.where(x < limit, limit, x)
 
 
 def relu(x: Array, xp: Namespace) -> Array:

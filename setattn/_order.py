@@ -10,7 +10,7 @@ not depend on how many others there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 SCORES = ("project", "carry_queries", "carry_keys")
@@ -44,7 +44,7 @@ class Order(NamedTuple):
 
 def multiplications(s: Sizes, order: Order) -> int:
     """Count the multiplications of an attention, all of its projections included."""
-    return _of_scores(s, order.scores) + _of_values(s, order.values)
+    return _of_scores(s)[order.scores] + _of_values(s)[order.values]
 
 
 def choose(
@@ -58,45 +58,42 @@ def choose(
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
-    can = {
-        "project": True,
-        "carry_queries": not key_norm,
-        "carry_keys": own_keys and not query_norm and s.dim_query is not None,
-        "carry_weights": True,
-        "carry_output": own_keys and whole and s.dim_out is not None,
-    }
-    scores, values = [name for name in SCORES if can[name]], [name for name in VALUES if can[name]]
+    scores, values = _of_scores(s), _of_values(s)
+    if key_norm:
+        del scores["carry_queries"]
+    if not own_keys or query_norm or s.dim_query is None:
+        del scores["carry_keys"]
+    if not own_keys or not whole or s.dim_out is None:
+        del values["carry_output"]
     if wanted is not None:
-        return Order(*(w if w in names else "project" for w, names in zip(wanted, (scores, values), strict=True)))
-    return Order(_least(s, scores, _of_scores), _least(s, values, _of_values))
+        return Order(*(w if w in can else "project" for w, can in zip(wanted, (scores, values), strict=True)))
+    return Order(_least(scores), _least(values))
 
 
-def _least(s: Sizes, names: list[str], count: Callable[[Sizes, str], int]) -> str:
-    best = names[0]
-    for name in names[1:]:  # by single comparisons, which torch.compile can trace where a size is a symbol
-        best = name if count(s, name) < count(s, best) else best
+def _least(counts: dict[str, int]) -> str:
+    best = "project"
+    for name, count in counts.items():  # by single comparisons, which torch.compile can trace where sizes are symbols
+        best = name if count < counts[best] else best
     return best
 
 
-def _of_scores(s: Sizes, scores: str) -> int:
-    rows = s.heads * s.queries
-    project_queries = 0 if s.dim_query is None else rows * s.dim_query * s.head_dim
-    project_elements = s.elements * s.dim * s.kv_heads * s.head_dim
-    if scores == "project":
-        return project_queries + project_elements + rows * s.elements * s.head_dim
-    if scores == "carry_queries":
-        return project_queries + rows * s.head_dim * s.dim + rows * s.elements * s.dim
-    width = s.dim_query or 0
-    return project_elements + s.heads * s.elements * s.head_dim * width + rows * s.elements * width
+def _of_scores(s: Sizes) -> dict[str, int]:
+    rows, width = s.heads * s.queries, s.dim_query or 0
+    queries = rows * width * s.head_dim
+    keys = s.elements * s.dim * s.kv_heads * s.head_dim
+    return {
+        "project": queries + keys + rows * s.elements * s.head_dim,
+        "carry_queries": queries + rows * s.head_dim * s.dim + rows * s.elements * s.dim,
+        "carry_keys": keys + s.heads * s.elements * s.head_dim * width + rows * s.elements * width,
+    }
 
 
-def _of_values(s: Sizes, values: str) -> int:
-    rows = s.heads * s.queries
-    project_elements = s.elements * s.dim * s.kv_heads * s.value_dim
-    project_output = 0 if s.dim_out is None else rows * s.value_dim * s.dim_out
-    if values == "project":
-        return project_elements + rows * s.elements * s.value_dim + project_output
-    if values == "carry_weights":
-        return rows * s.elements * s.dim + rows * s.dim * s.value_dim + project_output
-    width = s.dim_out or 0
-    return project_elements + s.heads * s.elements * s.value_dim * width + rows * s.elements * width
+def _of_values(s: Sizes) -> dict[str, int]:
+    rows, width = s.heads * s.queries, s.dim_out or 0
+    values = s.elements * s.dim * s.kv_heads * s.value_dim
+    output = rows * s.value_dim * width
+    return {
+        "project": values + rows * s.elements * s.value_dim + output,
+        "carry_weights": rows * s.elements * s.dim + rows * s.dim * s.value_dim + output,
+        "carry_output": values + s.heads * s.elements * s.value_dim * width + rows * s.elements * width,
+    }

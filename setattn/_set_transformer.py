@@ -215,7 +215,7 @@ def _isab(x: Array, p: ISAB, o: Options, query_residual: bool, mask: Array | Non
 
 
 def _pma(x: Array, p: PMA, o: Options, query_residual: bool, mask: Array | None) -> Array:
-    return _pool(Context(p.seeds), Context(x, mask), p._replace(seeds=()), o, query_residual)
+    return _pool(Context(p.seeds), Context(x, mask), PMA((), p.mab, p.ff), o, query_residual)
 
 
 @over_chunks

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from setattn._context import Context, mark
 from setattn._layers import Options, linear, norm, scale_by_length, select
-from setattn._namespace import exp_into, into, like_rows, matmul
+from setattn._namespace import at_least, exp_into, into, largest_number, like_rows, matmul
 from setattn._order import Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
 from setattn._typing import Array, Namespace
@@ -58,9 +58,9 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
     if order.values != "carry_weights":
         return state
     weighted = matmul(state.weighted, xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
-    return state._replace(
-        weighted=weighted if is_absent(p.value.bias) else weighted + state.total * p.value.bias[:, None, :]
-    )
+    if not is_absent(p.value.bias):
+        weighted = into("add", weighted, state.total * p.value.bias[:, None, :], xp)
+    return State(state.largest, state.total, weighted)
 
 
 def merge_states(a: State, b: State, xp: Namespace) -> State:
@@ -208,11 +208,12 @@ def _largest(s: Array, xp: Namespace) -> Array:
 
 
 def _finite(largest: Array, xp: Namespace) -> Array:
-    return xp.where(xp.isfinite(largest), largest, 0.0)  # -inf - -inf would be NaN
+    """Return what to subtract from the scores: of no scores, the least number, as ``-inf - -inf`` would be NaN."""
+    return at_least(largest, -largest_number(largest.dtype, xp), xp)
 
 
 def _nonzero(total: Array, xp: Namespace) -> Array:
-    return xp.where(total == 0, 1.0, total)
+    return at_least(total, 1.0, xp)  # it counts the largest score as 1, if there is any
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
