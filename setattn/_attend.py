@@ -14,13 +14,13 @@ from setattn._state import (
     State,
     attend_at_once,
     finish,
-    head_counts,
     make_state,
     merge_states,
     of_values,
     order_of,
     output,
     queries,
+    sizes_of,
 )
 from setattn._threads import run
 from setattn._typing import Array
@@ -31,7 +31,7 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
     query, p = _asked(query, p, o, query_norm)
     if o.attend is not None:
         return o.attend(query, contexts, p, o)
-    ways = _ways(query, contexts, p, o)
+    ways = [_way(query, context, p, o, alone=len(contexts) == 1) for context in contexts]
     if ways[0].order.values == "carry_output":
         log_n = log_length_of(query, contexts, p, o)
         context, p = _folded(contexts[0], p, o)
@@ -60,22 +60,27 @@ class Way(NamedTuple):
 
     order: Order
     cuts: list[slice] | None  # of its elements into blocks, if it is more than one
+    numbers: int  # about how many are at work for one set
 
 
-def _ways(query: Array, contexts: Sequence[Context], p: Attention, o: Options, *, in_part: bool = False) -> list[Way]:
-    """Choose how to attend to each context; the output projection is carried to one that is all and in one block."""
-    cuts = [_cuts(query, context, p, o) for context in contexts]
-    whole = not in_part and cuts == [None]
-    return [Way(order_of(query, y, p, o, whole=whole), own) for y, own in zip(contexts, cuts, strict=True)]
+def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: bool) -> Way:
+    """Choose how to attend to a context, which is ``alone`` where these are all the elements there are."""
+    s = sizes_of(query, context, p)
+    numbers = 2 * s.dim + 3 * s.heads * s.queries + s.kv_heads * (s.head_dim + s.value_dim)  # for one element
+    size = rows_in_a_block(o.plan, context.elements, numbers, o.xp)
+    cuts = None if size is None or s.elements <= size else cut(s.elements, size)
+    return Way(order_of(s, p, o, whole=alone and cuts is None), cuts, numbers * s.elements)
 
 
 def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
     """Make the state of queries and all contexts, block by block."""
-    return _state_of(query, contexts, _ways(query, contexts, p, o, in_part=True), p, o)
+    return _state_of(query, contexts, [_way(query, context, p, o, alone=False) for context in contexts], p, o)
 
 
 def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p: Attention, o: Options) -> State:
-    axis, most = _sets(query, contexts, p, o)
+    """Make the state in ways that were chosen, with whole sets in a block where several fit in one."""
+    elements, numbers = contexts[0].elements, sum([way.numbers for way in ways])
+    axis, most = sets_in_a_block(elements.shape[:-2], numbers, elements, o.xp)
     if axis is not None:
 
         def sets(c: slice) -> State:
@@ -83,7 +88,7 @@ def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p:
             own = query if len(query.shape) == 2 else b.of(query)
             return _state_of(own, [context.seen_by(b) for context in contexts], ways, p, o)
 
-        parts = run(sets, cut(contexts[0].elements.shape[axis], most), o.plan.threads)
+        parts = run(sets, cut(elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
     log_n = log_length_of(query, contexts, p, o)
@@ -119,14 +124,6 @@ def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attent
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def _numbers_per_element(query: Array, context: Context, p: Attention) -> int:
-    """Estimate how many numbers are at work for each element of a context."""
-    (heads, kv_heads), m = head_counts(query, p), query.shape[-2]
-    dim, _, head_dim = p.key.weight.shape
-    numbers: int = 2 * dim + 3 * heads * m + kv_heads * (head_dim + p.value.weight.shape[-1])
-    return numbers
-
-
 _SHORT = 256  # elements that the queries of a block meet at a time, if there are more
 
 
@@ -149,17 +146,3 @@ def by_queries(
     if size is not None and n <= size < m and n <= _SHORT:
         y = ready(y, o)
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)
-
-
-def _cuts(query: Array, context: Context, p: Attention, o: Options) -> list[slice] | None:
-    """Cut the elements of a context into blocks; ``None`` where they are one."""
-    size = rows_in_a_block(o.plan, context.elements, _numbers_per_element(query, context, p), o.xp)
-    n = context.elements.shape[-2]
-    return None if size is None or n <= size else cut(n, size)
-
-
-def _sets(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> tuple[int | None, int]:
-    """Say which axis of the batch to cut, and how many of its sets make a block."""
-    numbers = sum(c.elements.shape[-2] * _numbers_per_element(query, c, p) for c in contexts)
-    elements = contexts[0].elements
-    return sets_in_a_block(elements.shape[:-2], numbers, elements, o.xp)

@@ -12,6 +12,7 @@ from setattn._namespace import (
     device_of,
     ignore_underflow,
     in_one_chunk,
+    is_plain,
     namespace_of,
     namespace_of_chunks,
     native,
@@ -25,9 +26,11 @@ class Call(NamedTuple):
 
     function: str
     xp: Namespace
-    kind: type  # of the first array
     dtype: Any
     device: Any
+    half: bool  # whether it is a dtype of half precision, which is computed in float32
+    kind: Any  # of array that the first one is
+    plain: bool  # whether arrays of one type and dtype always meet
     eager: bool
     decided_by: str = "the first argument"  # which array the others must agree with
     held: Namespace | None = None  # of the chunks of a lazy array; parameters may be of it, too
@@ -51,7 +54,8 @@ def begin(
     xp = namespace_of(x)
     if xp is None:
         raise NamespaceError(function, argument, f"a {type(x).__qualname__}", "an array of a supported library")
-    if bits_of(x.dtype, xp) not in (16, 32, 64):
+    bits = bits_of(x.dtype, xp)
+    if bits not in (16, 32, 64):
         raise DTypeError(function, argument, x.dtype, "a real floating dtype of 16, 32 or 64 bits", "dtype")
     lazy = None if rows is None else namespace_of(rows)
     if lazy is not None and namespace_of_chunks(rows, lazy) is xp:
@@ -59,7 +63,9 @@ def begin(
     held = namespace_of_chunks(rows if lazy is xp else x, xp)
     chunks = held if by_chunks else None
     eager = chunks is not None or block_bytes(x, xp) is not None
-    return Call(function, xp, type(x), native(x.dtype), None if held else device_of(x, xp), eager, decided_by, held, chunks)
+    device = None if held else device_of(x, xp)
+    dtype, kind = native(x.dtype), type(x)
+    return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
@@ -71,15 +77,10 @@ def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
         lazy = call.chunks is None
         params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
     with ignore_underflow(call.xp):
-        if not is_half(call):
+        if not call.half:
             return body(params)
         wide = map_params(lambda a: widen(a, namespace_of(a)), params)
         return call.xp.astype(body(wide), call.dtype)
-
-
-def is_half(call: Call) -> bool:
-    """Say whether the arrays of a call are of half precision."""
-    return bits_of(call.dtype, call.xp) == 16
 
 
 def widen(a: Array, xp: Namespace) -> Array:

@@ -20,7 +20,7 @@ from setattn._namespace import (
     name_of,
     namespace_of,
     native,
-    surely_like,
+    surely_meets,
     unlike_others,
 )
 from setattn._order import SCORES, VALUES, Order
@@ -74,7 +74,7 @@ def alike(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def floating(call: Call, argument: str, a: Any) -> None:
     """Check that an array is of the library, device and dtype of the first one."""
-    if surely_like(a, call.kind, call.dtype, call.device, call.xp):
+    if type(a) is call.kind and a.dtype == call.dtype and (call.plain or surely_meets(a, call.device, call.xp)):
         return
     _belongs(call, argument, a)
     if a.dtype != call.dtype and native(a.dtype) != call.dtype:
@@ -199,6 +199,8 @@ def numbers_for_axes(call: Call, argument: str, value: Any, axes: int) -> tuple[
 
 def _number(value: Any) -> float:
     """Return a real number as Python's, and NaN for anything else."""
+    if isinstance(value, float):
+        return float(value)
     try:
         return float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
     except OverflowError:

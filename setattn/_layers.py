@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from setattn import _check as check
 from setattn._blocks import Plan
-from setattn._call import Call, is_half, widen
-from setattn._namespace import erf, into, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
+from setattn._call import Call, widen
+from setattn._namespace import bits_of, erf, into, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -44,7 +44,7 @@ def options(
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     lazy = call.chunks is not None
     xp = call.chunks if lazy else call.xp
-    return Options(xp, activation, eps, scale, check.plan(call, plan), is_half(call), call.eager, lazy)
+    return Options(xp, activation, eps, scale, check.plan(call, plan), call.half, call.eager, lazy)
 
 
 def select(x: Array, mask: Array | None, xp: Namespace) -> Array:
@@ -74,7 +74,7 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     """Normalise the last axis with the kind of norm that ``p`` is."""
     if not isinstance(p, LayerNorm | RMSNorm):
         return x
-    xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if o.xp.finfo(x.dtype).bits == 64 else (2.0**50, 2.0**-80))
+    xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if bits_of(x.dtype, o.xp) == 64 else (2.0**50, 2.0**-80))
     if surely_within(x, threshold, xp):
         y, eps, shrink = x, o.eps, 1.0
     else:

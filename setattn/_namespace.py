@@ -70,11 +70,11 @@ class _NumPy(_Written):
         return x.mT
 
     @staticmethod
-    def max(x: Array, *, axis: int, keepdims: bool) -> Array:
+    def max(x: Array, *, axis: int, keepdims: Any) -> Array:
         return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
 
     @staticmethod
-    def sum(x: Array, *, axis: int | None = None, keepdims: bool = False, dtype: Any = None) -> Array:
+    def sum(x: Array, *, axis: Any = None, keepdims: Any = False, dtype: Any = None) -> Array:
         return np.add.reduce(x, axis=axis, keepdims=keepdims, dtype=dtype)
 
 
@@ -224,23 +224,24 @@ def device_of(x: Array, xp: Namespace) -> Any:
     JAX itself moves an array that was not put anywhere, and has no devices inside a trace. A Dask array has no device
     of its own.
     """
+    if isinstance(xp, _NumPy):
+        return None
     if name_of(xp) == "jax":
         try:
             return ", ".join(sorted(map(str, x.devices()))) if x.committed else None
         except (AttributeError, TypeError, sys.modules["jax"].errors.ConcretizationTypeError):
             return None
-    if name_of(xp) == "dask":
-        return None
-    return None if name_of(xp) == "numpy" else x.device
+    return None if name_of(xp) == "dask" else x.device
 
 
-def surely_like(a: Any, x: type, dtype: Any, device: Any, xp: Namespace) -> bool:
-    """Say whether something is an array of a type, dtype and device, where these few comparisons tell."""
-    if type(a) is not x or a.dtype != dtype:
-        return False
-    if isinstance(xp, _Torch):
-        return a.device == device and a.layout is xp.strided and not a.is_nested
+def is_plain(xp: Namespace) -> bool:
+    """Say whether two arrays of one type and dtype meet wherever they are and whatever their layout."""
     return isinstance(xp, _NumPy)
+
+
+def surely_meets(a: Array, device: Any, xp: Namespace) -> bool:
+    """Say whether an array meets others on a device, where a few comparisons tell."""
+    return isinstance(xp, _Torch) and a.device == device and a.layout is xp.strided and not a.is_nested
 
 
 def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
@@ -261,7 +262,7 @@ def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
 
 def namespace_of_chunks(x: Array, xp: Namespace) -> Namespace | None:
     """Return the namespace of the chunks of a Dask array, if they are plain arrays; ``None`` for every other array."""
-    if name_of(xp) != "dask":
+    if not isinstance(xp, _Dask):
         return None
     held = namespace_of(x._meta)
     return held if held is not None and name_of(held) in ("numpy", "cupy") else None
@@ -281,7 +282,7 @@ def creation_device(x: Array, xp: Namespace) -> Any:
 
 def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a vanishing exponential is silent, whatever error state the caller has set."""
-    return np.errstate(under="ignore") if name_of(xp) == "numpy" else contextlib.nullcontext()
+    return np.errstate(under="ignore") if isinstance(xp, _NumPy) else contextlib.nullcontext()
 
 
 def all_finite(x: Array, xp: Namespace) -> bool:
@@ -329,7 +330,7 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
 
 def has_own_threads(xp: Namespace) -> bool:
     """Say whether a library spreads each operation over threads by itself."""
-    return name_of(xp) != "numpy"
+    return not isinstance(xp, _NumPy)
 
 
 def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
@@ -358,15 +359,15 @@ def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
     The products before went by another order of products, which leaves other chunks behind, and with them another
     rounding of what follows.
     """
-    return t.rechunk({len(t.shape) - 2: x.chunks[-2]}) if name_of(xp) == "dask" else t
+    return t.rechunk({len(t.shape) - 2: x.chunks[-2]}) if isinstance(xp, _Dask) else t
 
 
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
-    name = name_of(xp)
-    if name == "numpy":
-        return x.size > 0 and bool(x.max() <= limit and x.min() >= -limit)
-    if name != "torch" or xp.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+    if isinstance(xp, _NumPy):
+        smallest, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
+        return bool(largest <= limit and smallest >= -limit)
+    if not isinstance(xp, _Torch) or xp.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
         least, largest = (float(end) for end in x.detach().aminmax())
@@ -393,7 +394,14 @@ def row_mean(x: Array, xp: Namespace) -> Array:
     """Average the last axis, and keep it: NumPy's dot product of rows is faster than its mean."""
     if not isinstance(xp, _NumPy):
         return xp.mean(x, axis=-1, keepdims=True)
-    return xp.vecdot(x, xp.ones(x.shape[-1], dtype=x.dtype, device=x.device))[..., None] / x.shape[-1]
+    return xp.vecdot(x, _ones(x.shape[-1], x.dtype))[..., None] / x.shape[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(size: int, dtype: np.dtype[Any]) -> Array:
+    ones = np.repeat(dtype.type(1), size)
+    ones.flags.writeable = False
+    return ones
 
 
 def row_mean_square(x: Array, xp: Namespace) -> Array:

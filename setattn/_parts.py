@@ -53,13 +53,19 @@ def array(call: Call, path: str, a: Any, *wanted: int | str, to_match: str = "")
         raise ParameterError(call.function, path, "absent", f"an array of {name_of(call.xp)}")
     floating(call, path, a)
     shape = a.shape
-    fits = len(shape) == len(wanted)
-    for size, want in zip(shape, wanted, strict=False):
-        fits = fits and (size >= 1 if isinstance(want, str) else size == want)
-    if not fits:
+    if shape != wanted and not _fits(shape, wanted):
         least = " with sizes of at least 1" if 0 in shape else ""
         match = f" to match {to_match}" if to_match else ""
         raise ShapeError(call.function, path, tuple(shape), f"{_words(wanted)}{least}{match}", "shape")
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for size, want in zip(shape, wanted, strict=True):
+        if size != want and not (isinstance(want, str) and size >= 1):
+            return False
+    return True
 
 
 def _words(shape: tuple[int | str, ...]) -> str:
@@ -86,6 +92,7 @@ def linear(call: Call, path: str, p: Any, x: Width, *out: int | str, to_match: s
     node(call, path, p, Linear)
     weight = f"{path}.weight"
     array(call, weight, p.weight, "dim_in", *out, to_match=to_match)
+    sizes: list[int]
     width, *sizes = p.weight.shape
     if width != x.size:
         unmet(call, x, weight, p.weight, x.size, *out)

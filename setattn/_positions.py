@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from setattn import _check as check
-from setattn._call import begin, evaluate, is_half, widen
+from setattn._call import begin, evaluate, widen
 from setattn._namespace import creation_device
 from setattn._typing import Absent, Array
 
@@ -73,7 +73,7 @@ def fourier_features(
 
     def body(_: Absent) -> Array:
         xp = call.xp
-        x = widen(positions, xp) if is_half(call) else positions
+        x = widen(positions, xp) if call.half else positions
         sines, cosines = [], []
         for axis, resolution in enumerate(resolutions):
             step = (resolution / 2.0 - 1.0) / max(num_bands - 1, 1)
@@ -147,7 +147,7 @@ def sincos_features(positions: Array, /, *, dim: int, temperature: float = 10000
 
     def body(_: Absent) -> Array:
         xp, count = call.xp, dim // (2 * axes)
-        x = widen(positions, xp) if is_half(call) else positions
+        x = widen(positions, xp) if call.half else positions
         frequencies = xp.asarray(
             [1.0 / temperature ** (k / count) for k in range(count)], dtype=x.dtype, device=creation_device(x, xp)
         )

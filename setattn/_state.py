@@ -110,20 +110,25 @@ def attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> Ar
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def order_of(query: Array, context: Context, p: Attention, o: Options, *, whole: bool = False) -> Order:
-    """Choose the order of products for the sizes at hand."""
-    heads, kv_heads = head_counts(query, p)
-    sizes = Sizes(
-        queries=query.shape[-2],
+def sizes_of(query: Array, context: Context, p: Attention) -> Sizes:
+    """Read the sizes off that an order of products is chosen for."""
+    *_, m, width = query.shape
+    dim, kv_heads, head_dim = p.key.weight.shape
+    return Sizes(
+        queries=m,
         elements=context.elements.shape[-2],
-        dim=p.key.weight.shape[0],
-        heads=heads,
+        dim=dim,
+        heads=p.query.weight.shape[1] if isinstance(p.query, Linear) else width // head_dim,
         kv_heads=kv_heads,
-        head_dim=p.key.weight.shape[-1],
-        value_dim=p.value.weight.shape[-1],
-        dim_query=query.shape[-1] if isinstance(p.query, Linear) else None,
-        dim_out=p.output.weight.shape[-1] if isinstance(p.output, Linear) else None,
+        head_dim=head_dim,
+        value_dim=p.value.weight.shape[2],
+        dim_query=width if isinstance(p.query, Linear) else None,
+        dim_out=p.output.weight.shape[2] if isinstance(p.output, Linear) else None,
     )
+
+
+def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> Order:
+    """Choose the order of products for the sizes at hand."""
     made = not is_absent(p.query_norm) or not is_absent(p.length_scale), not is_absent(p.key_norm)
     return choose(sizes, o.plan.order, whole=whole, head_norms=made)
 

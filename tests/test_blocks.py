@@ -235,14 +235,17 @@ def test_the_products_are_those_that_are_needed(monkeypatch, name, per_element):
     """
     (*_, width), (function, params) = WORKLOADS[name]
     counts = []
-    for module in (_state, _layers):
 
-        def count(a, b, xp, matmul=module.matmul):
-            out = matmul(a, b, xp)
+    def counted(product):
+        def count(a, *others):
+            out = product(a, *others)
             counts.append(out.size * a.shape[-1])
             return out
 
-        monkeypatch.setattr(module, "matmul", count)
+        return count
+
+    for module, product in ((_state, "matmul"), (_layers, "matmul"), (_layers, "matmul_add")):
+        monkeypatch.setattr(module, product, counted(getattr(module, product)))
 
     def multiplications(n):
         counts.clear()

@@ -633,7 +633,8 @@ class Parts:
     def order(self) -> setattn.Order:
         """The order of products that the whole set gets, but for the one that makes no states."""
         query, y = (self.whole or self.case).arrays
-        return _state.order_of(query, Context(y), self.case.params, self.o)
+        params = self.case.params
+        return _state.order_of(_state.sizes_of(query, Context(y), params), params, self.o)
 
     def states(self) -> list[_state.State]:
         """The states of all parts."""

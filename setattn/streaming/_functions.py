@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from setattn._blocks import combine
-from setattn._call import is_half
 from setattn._errors import OptionError
 from setattn._namespace import ignore_underflow
 from setattn._typing import Array
@@ -258,7 +257,7 @@ def finish(state: State, /) -> Array:
     call = state._work.call
     with ignore_underflow(call.xp):
         result = result_of(state)
-        return call.xp.astype(result, call.dtype) if is_half(call) else result
+        return call.xp.astype(result, call.dtype) if call.half else result
 
 
 def rows(state: State, chunk: Array, /, *, mask: Array | None = None) -> tuple[State, Array]:
@@ -304,5 +303,5 @@ def rows(state: State, chunk: Array, /, *, mask: Array | None = None) -> tuple[S
     n = check_chunk(state._work, chunk, mask, state.chunks, place)
     with ignore_underflow(call.xp):
         y = function(state.found, chunk, mask, place)
-        y = call.xp.astype(y, call.dtype) if is_half(call) else y
+        y = call.xp.astype(y, call.dtype) if call.half else y
     return replace(state, elements=state.elements + n, chunks=state.chunks + 1), y

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from setattn import _check as check
 from setattn._attention import attention
 from setattn._attention_pool import attention_pool
-from setattn._call import Call, begin, is_half, widen
+from setattn._call import Call, begin, widen
 from setattn._errors import OptionError, ShapeError
 from setattn._layers import Options
 from setattn._layers import options as checked_options
@@ -139,11 +139,11 @@ def work_of(
     known = {key: value for key, value in options.items() if key in ("activation", "eps", "scale", "plan")}
     o = checked_options(call, **known)
     with ignore_underflow(call.xp):
-        if is_half(call):
+        if call.half:
             params, queries = map_params(lambda a: widen(a, call.xp), (params, () if queries is None else queries))
             queries = None if is_absent(queries) else queries
         passes = passes_of(name, Given(params, o, queries, options))
-        like = widen(leaf, call.xp) if is_half(call) else leaf
+        like = widen(leaf, call.xp) if call.half else leaf
         return Work(call, o, passes, empty, native(like.dtype), native(widest_float(like, call.xp)))
 
 
