@@ -87,6 +87,9 @@ class _Torch(_Adapted):
         self.exp, self.sqrt, self.isfinite, self.matmul = torch.exp, torch.sqrt, torch.isfinite, torch.matmul
         self.add, self.subtract, self.multiply, self.divide = torch.add, torch.sub, torch.mul, torch.div
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
+        self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
+        self.linear, self.strided = torch.nn.functional.linear, torch.strided
+        self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     @staticmethod
     def matrix_transpose(x: Array) -> Array:
@@ -161,6 +164,8 @@ def normalize_namespace(xp: Namespace) -> Namespace | None:
 
 def bits_of(dtype: Any, xp: Namespace) -> int:
     """Return the width of a real floating dtype, or 0 for any other."""
+    if isinstance(xp, _Torch) and dtype in xp.widths:
+        return xp.widths[dtype]
     if isinstance(dtype, np.dtype) and dtype.kind in "biufc":
         return 8 * dtype.itemsize if dtype.kind == "f" else 0
     try:
@@ -302,7 +307,7 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
 def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
     if isinstance(xp, _Torch):
-        return xp.nn.functional.linear(a, b.mT, c)
+        return xp.linear(a, b.mT, c)
     return into("add", xp.matmul(a, b), c, xp)
 
 
@@ -324,7 +329,7 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
         jax = sys.modules["jax"]
         return None if isinstance(x, jax.core.Tracer) else _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
     if name == "torch":
-        return None if xp.compiler.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
+        return None if xp.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
     return _GPU_MEMORY if name == "cupy" else _CACHE
 
 
@@ -367,7 +372,7 @@ def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     if isinstance(xp, _NumPy):
         smallest, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
         return bool(largest <= limit and smallest >= -limit)
-    if not isinstance(xp, _Torch) or xp.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+    if not isinstance(xp, _Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
         least, largest = (float(end) for end in x.detach().aminmax())
@@ -388,6 +393,13 @@ def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
     return xp.exp(a, out=a) if isinstance(xp, _Written) else xp.exp(a)
+
+
+def row_sum(x: Array, xp: Namespace) -> Array:
+    """Add up the last axis, and keep it: a product of BLAS is the fastest way over NumPy's arrays, of any strides."""
+    if not isinstance(xp, _NumPy):
+        return xp.sum(x, axis=-1, keepdims=True)
+    return xp.matmul(x, _ones(x.shape[-1], x.dtype)[:, None])
 
 
 def row_mean(x: Array, xp: Namespace) -> Array:
