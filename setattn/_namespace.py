@@ -11,7 +11,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from setattn._erf import portable_erf
+from setattn._erf import Kernels, portable_erf
 from setattn._typing import Array, Namespace, Shape
 
 _namespaces: dict[type, Namespace] = {}
@@ -419,5 +419,13 @@ def erf(x: Array, xp: Namespace) -> Array:
 
         return cupy_erf(x)
     if name_of(xp) == "numpy":
-        return portable_erf(x, xp, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))
+        return portable_erf(x, xp, _IN_PLACE)
     return portable_erf(x, xp)
+
+
+def _clamped(x: Array, limit: float) -> Array:
+    out = np.minimum(x, x.dtype.type(limit))
+    return np.maximum(out, x.dtype.type(-limit), out=out)
+
+
+_IN_PLACE = Kernels(_clamped, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))
