@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 
 from setattn._erf import Kernels, portable_erf
-from setattn._typing import Array, Namespace, Shape
+from setattn._typing import Absent, Array, Namespace, Shape
 
 _namespaces: dict[type, Namespace] = {}
 
@@ -290,12 +290,24 @@ def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
     Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
     """
     function = getattr(xp, operation)
-    return function(a, b, out=a) if name_of(xp) in ("numpy", "cupy") else function(a, b)
+    if name_of(xp) in ("numpy", "cupy"):
+        return function(a, b, out=a)
+    if _writes(xp):
+        with contextlib.suppress(RuntimeError):  # of torch.func.vmap, where b has an axis that a has not
+            return getattr(a, f"{operation}_")(b)
+    return function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
-    return xp.exp(a, out=a) if name_of(xp) in ("numpy", "cupy") else xp.exp(a)
+    if name_of(xp) in ("numpy", "cupy"):
+        return xp.exp(a, out=a)
+    return a.exp_() if _writes(xp) else xp.exp(a)
+
+
+def _writes(xp: Namespace) -> bool:
+    """Say whether PyTorch, if it is the library, neither records nor traces what is done."""
+    return name_of(xp) == "torch" and not xp.compiler.is_compiling() and not xp.is_grad_enabled()
 
 
 def row_mean(x: Array, xp: Namespace) -> Array:
@@ -312,6 +324,17 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
         return xp.mean(x * x, axis=-1, keepdims=True)
     with np.errstate(all="ignore"):
         return xp.vecdot(x, x)[..., None] / x.shape[-1]
+
+
+def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
+    """Normalise rows by a kernel of the library, if it has one, whose rounding is that of a number beside the mean.
+
+    It subtracts the mean as a last step: rows whose numbers are large beside their spread are not for it.
+    """
+    if name_of(xp) != "torch" or eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
+        return None
+    weight, shift = (None if isinstance(a, tuple) else a for a in (scale, bias))
+    return sys.modules["torch"].nn.functional.layer_norm(y, y.shape[-1:], weight, shift, eps)
 
 
 def relu(x: Array, xp: Namespace) -> Array:
@@ -421,6 +444,13 @@ def erf(x: Array, xp: Namespace) -> Array:
     if name_of(xp) == "numpy":
         return portable_erf(x, xp, _IN_PLACE)
     return portable_erf(x, xp)
+
+
+def gelu(x: Array, xp: Namespace) -> Array:
+    """Compute ``x (1 + erf(x / sqrt(2))) / 2``."""
+    if name_of(xp) == "torch":
+        return sys.modules["torch"].nn.functional.gelu(x)
+    return into("multiply", into("add", erf(math.sqrt(0.5) * x, xp), 1.0, xp), 0.5 * x, xp)
 
 
 def _clamped(x: Array, limit: float) -> Array:
