@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, TypeAlias
 from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, widen
-from setattn._namespace import bits_of, erf, into, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
+from setattn._namespace import (
+    bits_of,
+    gelu,
+    into,
+    layer_norm,
+    matmul,
+    matmul_add,
+    relu,
+    row_mean,
+    row_mean_square,
+    surely_within,
+)
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -75,7 +86,8 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if not isinstance(p, LayerNorm | RMSNorm):
         return x
     xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if bits_of(x.dtype, o.xp) == 64 else (2.0**50, 2.0**-80))
-    if surely_within(x, threshold, xp):
+    small = surely_within(x, threshold, xp)
+    if small:
         y, eps, shrink = x, o.eps, 1.0
     else:
         # A power of two for each row keeps its squares from overflowing.
@@ -85,6 +97,8 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if isinstance(p, LayerNorm):
         # Taken from the first feature, a constant row is exactly 0 and a common offset costs no digits.
         y = y - y[..., :1]
+        if small and (done := layer_norm(y, p.scale, p.bias, o.eps, xp)) is not None:
+            return done
         y = into("subtract", y, row_mean(y, xp), xp)
     power = row_mean_square(y, xp) + eps
     root = xp.sqrt(xp.where(power == 0, 1.0, power))  # the scaled eps may vanish, and a constant row is 0
@@ -102,10 +116,6 @@ def _squared_relu(x: Array, xp: Namespace) -> Array:
     return x * x
 
 
-def _gelu(x: Array, xp: Namespace) -> Array:
-    return into("multiply", 1.0 + erf(math.sqrt(0.5) * x, xp), 0.5 * x, xp)
-
-
 def _gelu_tanh(x: Array, xp: Namespace) -> Array:
     z = xp.where(x > 10.0, 10.0, xp.where(x < -10.0, -10.0, x))  # beyond, tanh is 1 and the cube could overflow
     return 0.5 * x * (1.0 + xp.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
@@ -119,7 +129,7 @@ def _silu(x: Array, xp: Namespace) -> Array:
 _ACTIVATIONS: dict[str, Callable[[Array, Namespace], Array]] = {
     "relu": relu,
     "squared_relu": _squared_relu,
-    "gelu": _gelu,
+    "gelu": gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": _silu,
 }

@@ -11,8 +11,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from setattn._erf import portable_erf
-from setattn._typing import Array, Namespace, Shape
+from setattn._erf import Kernels, portable_erf
+from setattn._typing import Absent, Array, Namespace, Shape
 
 _namespaces: dict[type, Namespace] = {}
 
@@ -88,7 +88,8 @@ class _Torch(_Adapted):
         self.add, self.subtract, self.multiply, self.divide = torch.add, torch.sub, torch.mul, torch.div
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
-        self.linear, self.strided = torch.nn.functional.linear, torch.strided
+        self.linear, self.layer_norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
+        self.finfo, self.strided = torch.finfo, torch.strided
         self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     @staticmethod
@@ -387,12 +388,24 @@ def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
     Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
     """
     function = getattr(xp, operation)
-    return function(a, b, out=a) if isinstance(xp, _Written) else function(a, b)
+    if isinstance(xp, _Written):
+        return function(a, b, out=a)
+    if _writes(xp):
+        with contextlib.suppress(RuntimeError):  # of torch.func.vmap, where b has an axis that a has not
+            return getattr(a, f"{operation}_")(b)
+    return function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
-    return xp.exp(a, out=a) if isinstance(xp, _Written) else xp.exp(a)
+    if isinstance(xp, _Written):
+        return xp.exp(a, out=a)
+    return a.exp_() if _writes(xp) else xp.exp(a)
+
+
+def _writes(xp: Namespace) -> bool:
+    """Say whether PyTorch, if it is the library, neither records nor traces what is done."""
+    return isinstance(xp, _Torch) and not xp.is_grad_enabled() and not xp.is_compiling()
 
 
 def row_sum(x: Array, xp: Namespace) -> Array:
@@ -428,6 +441,17 @@ def at_least(x: Array, limit: float, xp: Namespace) -> Array:
     if isinstance(xp, _NumPy):
         return np.maximum(x, x.dtype.type(limit))
     return x.clamp(limit) if isinstance(xp, _Torch) else xp.where(x < limit, limit, x)
+
+
+def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
+    """Normalise rows by a kernel of the library, if it has one, whose rounding is that of a number beside the mean.
+
+    It subtracts the mean as a last step: rows whose numbers are large beside their spread are not for it.
+    """
+    if not isinstance(xp, _Torch) or eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
+        return None
+    weight, shift = None if isinstance(scale, tuple) else scale, None if isinstance(bias, tuple) else bias
+    return xp.layer_norm(y, y.shape[-1:], weight, shift, eps)
 
 
 def relu(x: Array, xp: Namespace) -> Array:
@@ -535,5 +559,20 @@ def erf(x: Array, xp: Namespace) -> Array:
 
         return cupy_erf(x)
     if name_of(xp) == "numpy":
-        return portable_erf(x, xp, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))
+        return portable_erf(x, xp, _IN_PLACE)
     return portable_erf(x, xp)
+
+
+def gelu(x: Array, xp: Namespace) -> Array:
+    """Compute ``x (1 + erf(x / sqrt(2))) / 2``."""
+    if name_of(xp) == "torch":
+        return sys.modules["torch"].nn.functional.gelu(x)
+    return into("multiply", into("add", erf(math.sqrt(0.5) * x, xp), 1.0, xp), 0.5 * x, xp)
+
+
+def _clamped(x: Array, limit: float) -> Array:
+    out = np.minimum(x, x.dtype.type(limit))
+    return np.maximum(out, x.dtype.type(-limit), out=out)
+
+
+_IN_PLACE = Kernels(_clamped, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))

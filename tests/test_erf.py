@@ -62,8 +62,8 @@ def test_coefficients():
 
 
 def over_z(w: mpmath.mpf) -> mpmath.mpf:
-    """Compute ``erf(z) / z`` at ``w = z**2 / 8 - 1``."""
-    z = mpmath.sqrt(8 * (w + 1))
+    """Compute ``erf(z) / z`` at ``w = 2 (z / end)**2 - 1``."""
+    z = mpmath.mpf(_erf._END) * mpmath.sqrt((w + 1) / 2)
     return mpmath.erf(z) / z
 
 
@@ -85,7 +85,17 @@ def test_powers():
                 powers[k - 2 * i] += chebyshev[k] * (sign * k / (2 * (k - i)) if k else 1)
         for exact, ours in zip(powers, _erf._POWERS, strict=True):
             assert abs(exact - ours) <= abs(exact) * 2.0**-52
-        assert 4 * sum(map(abs, chebyshev[degree + 1 :])) < UNIT["float32"] / 5
+        assert _erf._END * sum(map(abs, chebyshev[degree + 1 :])) < UNIT["float32"] / 5
+
+
+def test_the_end_of_float32_is_the_first_1():
+    """Where the powers first give 1, no number below has more, and from there on the result is 1 without a look."""
+    end = np.float32(_erf._ONE_IN_FLOAT32)
+    assert float(end) == _erf._ONE_IN_FLOAT32
+    below = np.arange(np.float32(3).view(np.uint32), end.view(np.uint32), dtype=np.uint32).view(np.float32)
+    assert portable_erf(below, namespace_of(below)).max() < 1
+    at = np.array([end, np.nextafter(end, np.float32(4))])
+    np.testing.assert_array_equal(portable_erf(at, namespace_of(at)), np.float32([1, 1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
