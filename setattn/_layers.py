@@ -25,6 +25,7 @@ from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm
 from setattn._typing import Absent, Array, Namespace
 
 AnyNorm: TypeAlias = LayerNorm | RMSNorm | Absent
+NORMS = (LayerNorm, RMSNorm)
 
 
 class Options(NamedTuple):
@@ -83,7 +84,7 @@ def affine(x: Array, p: Linear | Absent, o: Options) -> Array:
 
 def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     """Normalise the last axis with the kind of norm that ``p`` is."""
-    if not isinstance(p, LayerNorm | RMSNorm):
+    if not isinstance(p, NORMS):
         return x
     xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if bits_of(x.dtype, o.xp) == 64 else (2.0**50, 2.0**-80))
     small = surely_within(x, threshold, xp)
@@ -101,7 +102,9 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
             return done
         y = into("subtract", y, row_mean(y, xp), xp)
     power = row_mean_square(y, xp) + eps
-    root = xp.sqrt(xp.where(power == 0, 1.0, power))  # the scaled eps may vanish, and a constant row is 0
+    if not small or o.eps < _SMALLEST:  # eps may vanish beside its scale, and a constant row is 0
+        power = xp.where(power == 0, 1.0, power)
+    root = xp.sqrt(power)
     # Without a mean to subtract, a small feature beside a large one keeps its digits if it was never scaled.
     y = into("divide", y, root, xp) if isinstance(p, LayerNorm) else x / (root / shrink)
     if not is_absent(p.scale):
@@ -109,6 +112,9 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if isinstance(p, LayerNorm) and not is_absent(p.bias):
         y = into("add", y, p.bias, xp)
     return y
+
+
+_SMALLEST = 2.0**-126  # of the normal numbers of float32
 
 
 def _squared_relu(x: Array, xp: Namespace) -> Array:
@@ -176,7 +182,7 @@ def folded(p: AnyNorm, maps: tuple[Linear | Absent, ...], rows: int, xp: Namespa
 
     ``(y * scale + bias) @ weight`` is ``y @ (scale * weight) + bias @ weight``.
     """
-    if not isinstance(p, LayerNorm | RMSNorm) or is_absent(p.scale):
+    if not isinstance(p, NORMS) or is_absent(p.scale):
         return p, maps
     linears = [m for m in maps if isinstance(m, Linear)]
     columns = sum(math.prod(m.weight.shape[1:]) for m in linears)

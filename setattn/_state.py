@@ -290,9 +290,9 @@ def _projected_queries(query: Array, p: Attention, o: Options, log_n: Array | No
 def _project(x: Array, p: Linear, xp: Namespace) -> Array:
     """Map the last axis to heads: ``(..., n, dim)`` to ``(..., n, heads, head_dim)``."""
     dim, heads, head_dim = p.weight.shape
-    y = matmul(x, xp.reshape(p.weight, (dim, heads * head_dim)), xp)
-    y = xp.reshape(y, (*x.shape[:-1], heads, head_dim))
-    return y if is_absent(p.bias) else into("add", y, p.bias, xp)
+    weight = xp.reshape(p.weight, (dim, heads * head_dim))
+    bias = p.bias if is_absent(p.bias) else xp.reshape(p.bias, (heads * head_dim,))
+    return xp.reshape(linear(x, Linear(weight, bias), xp), (*x.shape[:-1], heads, head_dim))
 
 
 def _heads_first(t: Array, xp: Namespace) -> Array:
