@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
 from setattn._context import Context, log_length, ready
-from setattn._layers import AnyNorm, Options, folded, norm
+from setattn._layers import NORMS, AnyNorm, Options, folded, norm
 from setattn._order import Order
-from setattn._params import Attention, Linear, is_absent
+from setattn._params import Attention, LengthScale, Linear
 from setattn._state import (
     State,
     attend_at_once,
@@ -49,7 +49,7 @@ def part_of_attention(
 
 def _asked(query: Array, p: Attention, o: Options, query_norm: AnyNorm) -> tuple[Array, Attention]:
     """Normalise the queries, or leave some of it to their projection."""
-    if is_absent(query_norm):
+    if not isinstance(query_norm, NORMS):
         return query, p
     query_norm, (to_queries,) = folded(query_norm, (p.query,), query.shape[-2], o.xp)
     return norm(query, query_norm, o), p._replace(query=to_queries)
@@ -92,13 +92,13 @@ def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p:
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
     log_n = log_length_of(query, contexts, p, o)
-    states = (_state_of_one(query, *each, p, o, log_n) for each in zip(contexts, ways, strict=True))
+    states = [_state_of_one(query, *each, p, o, log_n) for each in zip(contexts, ways, strict=True)]
     return fold(lambda a, b: merge_states(a, b, o.xp), states)
 
 
 def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> Array | None:
     """Return the logarithm of how many elements take part, before any of them are cut into blocks, if it is needed."""
-    return None if is_absent(p.length_scale) else log_length(query, contexts, o.xp)
+    return log_length(query, contexts, o.xp) if isinstance(p.length_scale, LengthScale) else None
 
 
 def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Options, log_n: Array | None) -> State:
@@ -115,7 +115,7 @@ def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Opt
 
 def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attention]:
     """Move the scale and bias of a context's norm into its projections, if nothing comes between them."""
-    if is_absent(context.norm) or context.key_positions is not None:
+    if not isinstance(context.norm, NORMS) or context.key_positions is not None:
         return context, p
     bare, (key, value) = folded(context.norm, (p.key, p.value), context.elements.shape[-2], o.xp)
     return context._replace(norm=bare), p._replace(key=key, value=value)
@@ -142,7 +142,8 @@ def by_queries(
     dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)
     m, width, n = x.shape[-2], max(x.shape[-1], dim, heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
-    size = rows_in_a_block(o.plan, x, numbers, o.xp)
-    if size is not None and n <= size < m and n <= _SHORT:
-        y = ready(y, o)
+    if n < m and n <= _SHORT:
+        size = rows_in_a_block(o.plan, x, numbers, o.xp)
+        if size is not None and n <= size < m:
+            y = ready(y, o)
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)

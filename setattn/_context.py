@@ -101,9 +101,9 @@ def ready(context: Context, o: Options) -> Context:
         elements = enter(context.elements, context.mask, o)
     bias = context.bias if context.bias is None or not o.half else widen(context.bias, o.xp)
     keys = None if context.key_positions is None else enter(context.key_positions, context.mask, o)
-    seen = context.pair_mask is None
+    seen_by_all = context.pair_mask is None
     taken = Context(
-        _prepared(elements, context, o) if seen else elements,
+        _prepared(elements, context, o) if seen_by_all else elements,
         context.mask,
         context.pair_mask,
         bias,
@@ -111,7 +111,7 @@ def ready(context: Context, o: Options) -> Context:
         length=context.length,
         key_positions=keys,
     )
-    if not seen:
+    if not seen_by_all:
         taken = _hide(taken, o.xp)
         if context.prepare is not None or not is_absent(context.norm):
             taken = _hide(taken._replace(elements=_prepared(taken.elements, context, o)), o.xp)

@@ -166,12 +166,14 @@ def scale_by_length(q: Array, log_n: Array, p: LengthScale, o: Options) -> Array
 
 def residual_feed_forward(x: Array, p: Any, o: Options) -> Array:
     """Compute ``x + ff(ff_norm(x))`` with the two parts of a block, or ``x`` where it has no ``ff``."""
-    return x if is_absent(p.ff) else into("add", normed_feed_forward(x, p.ff_norm, p.ff, o), x, o.xp)
+    if not isinstance(p.ff, FeedForward):
+        return x
+    return into("add", normed_feed_forward(x, p.ff_norm, p.ff, o), x, o.xp)
 
 
 def normed_feed_forward(x: Array, p: AnyNorm, ff: FeedForward, o: Options) -> Array:
     """Compute ``ff(norm(x))``."""
-    if is_absent(p):
+    if not isinstance(p, NORMS):
         return feed_forward(x, ff, o)
     p, (hidden, gate) = folded(p, (ff.hidden, ff.gate), x.shape[-2], o.xp)
     return feed_forward(norm(x, p, o), ff._replace(hidden=hidden, gate=gate), o)

@@ -53,19 +53,14 @@ def array(call: Call, path: str, a: Any, *wanted: int | str, to_match: str = "")
         raise ParameterError(call.function, path, "absent", f"an array of {name_of(call.xp)}")
     floating(call, path, a)
     shape = a.shape
-    if shape != wanted and not _fits(shape, wanted):
+    fits = len(shape) == len(wanted)
+    if fits and shape != wanted:
+        for size, want in zip(shape, wanted, strict=True):
+            fits = fits and (size == want or (isinstance(want, str) and size >= 1))
+    if not fits:
         least = " with sizes of at least 1" if 0 in shape else ""
         match = f" to match {to_match}" if to_match else ""
         raise ShapeError(call.function, path, tuple(shape), f"{_words(wanted)}{least}{match}", "shape")
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    if len(shape) != len(wanted):
-        return False
-    for size, want in zip(shape, wanted, strict=True):
-        if size != want and not (isinstance(want, str) and size >= 1):
-            return False
-    return True
 
 
 def _words(shape: tuple[int | str, ...]) -> str:

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
-from setattn._layers import Options, linear, norm, scale_by_length, select
+from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
 from setattn._namespace import at_least, exp_into, into, largest_number, like_rows, matmul, row_sum
 from setattn._order import Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
@@ -129,7 +129,8 @@ def sizes_of(query: Array, context: Context, p: Attention) -> Sizes:
 
 def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> Order:
     """Choose the order of products for the sizes at hand."""
-    made = not is_absent(p.query_norm) or not is_absent(p.length_scale), not is_absent(p.key_norm)
+    queries_made = isinstance(p.query_norm, NORMS) or isinstance(p.length_scale, LengthScale)
+    made = queries_made, isinstance(p.key_norm, NORMS)
     return choose(sizes, o.plan.order, whole=whole, head_norms=made)
 
 
