@@ -190,7 +190,7 @@ def _check_attention(
 ) -> Call:
     call = begin(function, "query", query)
     q, y = check.data(call, "query", query, "m, dim"), check.data(call, "context", context)
-    parts.attention(call, "params", params, q, y)
+    parts.once(parts.attention, call, params, q, y)
     check.same_batch(call, "query", query, context)
     check.context_mask(call, mask, context, "context")
     check.pair_mask(call, pair_mask, query, context, "query and context")

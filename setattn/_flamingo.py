@@ -11,6 +11,7 @@ from setattn._context import Context
 from setattn._layers import Options, enter, normed_feed_forward, options, select
 from setattn._namespace import creation_device, cumulative_count
 from setattn._params import FeedForward, GatedCrossAttention
+from setattn._parts import once
 from setattn._typing import Array, Namespace
 
 
@@ -99,7 +100,7 @@ def gated_cross_attention(
     """
     call = begin("gated_cross_attention", "x", x)
     width, media_width = check.data(call, "x", x), check.data(call, "media", media, "media, m, dim", 3)
-    structure.gated_cross_attention(call, "params", params, width, media_width)
+    once(structure.gated_cross_attention, call, params, width, media_width)
     check.same_batch(call, "x", x, media, context_axes=3)
     check.mask(call, "mask", mask, media.shape[:-1], "one entry for each element of media")
     locations_shape = (*media.shape[:-3], x.shape[-2])

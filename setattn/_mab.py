@@ -12,6 +12,7 @@ from setattn._dask import over_chunks
 from setattn._layers import Options, enter, linear, norm, options, residual_feed_forward, select
 from setattn._namespace import into
 from setattn._params import MAB
+from setattn._parts import once
 from setattn._typing import Array
 
 
@@ -102,7 +103,7 @@ def mab(
     call = begin("mab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     of_x, of_y = check.data(call, "x", x, "m, dim"), check.data(call, "y", y)
-    structure.mab(call, "params", params, of_x, of_y, query_residual=query_residual)
+    once(structure.mab, call, params, of_x, of_y, query_residual=query_residual)
     check.same_batch(call, "x", x, y)
     check.context_mask(call, mask, y, "y")
     check.mask(call, "query_mask", query_mask, x.shape[:-1], "one entry for each element of x")
@@ -167,7 +168,7 @@ def sab(
     call = begin("sab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     width = check.data(call, "x", x)
-    structure.mab(call, "params", params, width, width, query_residual=query_residual)
+    once(structure.mab, call, params, width, width, query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 

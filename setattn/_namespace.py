@@ -89,7 +89,7 @@ class _Torch(_Adapted):
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
         self.linear, self.layer_norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
-        self.finfo, self.strided = torch.finfo, torch.strided
+        self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
         self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     @staticmethod
@@ -248,6 +248,30 @@ def is_plain(xp: Namespace) -> bool:
 def surely_meets(a: Array, device: Any, xp: Namespace) -> bool:
     """Say whether an array meets others on a device, where a few comparisons tell."""
     return isinstance(xp, _Torch) and a.device == device and a.layout is xp.strided and not a.is_nested
+
+
+def signature(tree: Any, xp: Namespace) -> list[Any] | None:
+    """Return all that the checks of a parameter tree look at, where its arrays tell it at once."""
+    kind = np.ndarray if isinstance(xp, _NumPy) else xp.Tensor if isinstance(xp, _Torch) else None
+    found: list[Any] = []
+    return found if kind is not None and isinstance(tree, tuple) and _read(tree, kind, found) else None
+
+
+def _read(tree: tuple[Any, ...], kind: Any, found: list[Any]) -> bool:
+    """Collect the facts of a tree; say whether there is nothing in it but arrays of one library."""
+    found.extend((type(tree), len(tree)))
+    for part in tree:
+        if isinstance(part, kind):
+            if kind is not np.ndarray:
+                if part.is_nested:
+                    return False
+                found.extend((part.device, part.layout))
+            found.extend((type(part), part.dtype, part.shape))
+        elif not isinstance(part, tuple) or (part and not _read(part, kind, found)):
+            return False
+        elif not part:
+            found.append(part)
+    return True
 
 
 def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:

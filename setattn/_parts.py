@@ -6,12 +6,13 @@ error names the argument the user wrote rather than the product that would have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from setattn._call import Call
 from setattn._check import Width, floating, known
 from setattn._errors import NamespaceError, ParameterError, ShapeError
-from setattn._namespace import name_of
+from setattn._namespace import name_of, signature
 from setattn._params import (
     Attention,
     FeedForward,
@@ -27,6 +28,28 @@ from setattn._typing import Array
 
 _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
+
+
+_fitting: set[tuple[Any, ...]] = set()
+_MOST = 256
+
+
+def once(check: Callable[..., Any], call: Call, p: Any, *widths: Width, **options: bool) -> None:
+    """Check parameters by ``check(call, "params", p, *widths, **options)``, if none like them have passed before.
+
+    What is checked of a tree are types, dtypes, shapes and devices. To look at each of them takes as long as a small
+    set; to see that they are all the same as in another call takes a fifth of that. A tree that failed is not known.
+    """
+    known = signature(p, call.xp) if call.eager else None
+    if known is None:
+        check(call, "params", p, *widths, **options)
+        return
+    key = (check, call.dtype, call.device, *options.items(), *[width.size for width in widths], *known)
+    if key not in _fitting:
+        check(call, "params", p, *widths, **options)
+        if len(_fitting) >= _MOST:
+            _fitting.clear()
+        _fitting.add(key)
 
 
 def node(call: Call, path: str, p: Any, *kinds: type) -> None:

@@ -12,6 +12,7 @@ from setattn._dask import of_sets, over_chunks
 from setattn._layers import Options, enter, linear, options, residual_feed_forward, select
 from setattn._namespace import into
 from setattn._params import CrossAttention, Linear, SelfAttention
+from setattn._parts import once
 from setattn._typing import Absent, Array
 
 
@@ -83,7 +84,7 @@ def cross_attention(
     call = begin("cross_attention", "latents", latents, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
     of_z, of_y = check.data(call, "latents", latents, "m, dim"), check.data(call, "inputs", inputs)
-    structure.cross_attention(call, "params", params, of_z, of_y, query_residual=query_residual)
+    once(structure.cross_attention, call, params, of_z, of_y, query_residual=query_residual)
     check.same_batch(call, "latents", latents, inputs)
     check.context_mask(call, mask, inputs, "inputs")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
@@ -144,7 +145,7 @@ def latent_transformer(
     (4, 3, 8)
     """
     call = begin("latent_transformer", "latents", latents, by_chunks=True)
-    structure.latent_transformer(call, "params", params, check.data(call, "latents", latents, "m, dim"))
+    once(structure.latent_transformer, call, params, check.data(call, "latents", latents, "m, dim"))
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(params: tuple[SelfAttention, ...]) -> Array:

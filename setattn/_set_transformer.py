@@ -11,6 +11,7 @@ from setattn._dask import of_sets, over_chunks
 from setattn._layers import Options, affine, feed_forward, options
 from setattn._mab import apply_mab, apply_sab
 from setattn._params import ISAB, PMA, FeedForward, SetTransformer
+from setattn._parts import once
 from setattn._typing import Array
 
 
@@ -67,7 +68,7 @@ def isab(
     """
     call = begin("isab", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
-    structure.isab(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
+    once(structure.isab, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
@@ -128,7 +129,7 @@ def pma(
     """
     call = begin("pma", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
-    structure.pma(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
+    once(structure.pma, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
@@ -190,7 +191,7 @@ def set_transformer(
     """
     call = begin("set_transformer", "x", x, by_chunks=True)
     check.switch(call.function, "query_residual", query_residual)
-    structure.set_transformer(call, "params", params, check.data(call, "x", x), query_residual=query_residual)
+    once(structure.set_transformer, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 

@@ -1110,3 +1110,91 @@ def test_parameters_are_told_apart_by_path():
     )
     with pytest.raises(ShapeError, match=re.escape(message)):
         setattn.set_transformer(*case.arrays, wrong)
+
+
+# --- what has fitted before -----------------------------------------------------------------------------------------
+
+
+def spoiled(tree: Any) -> Iterator[Any]:
+    """Yield a tree of parameters with something wrong, for each of its nodes and leaves in turn."""
+    if not isinstance(tree, tuple):
+        yield from (tree[..., None], tree[..., :-1], tree.astype("float64"), tree.tolist(), None, (tree,))
+        return
+    if tree:
+        yield from (None, list(tree), tree[:-1])
+    for i, part in enumerate(tree):
+        for other in spoiled(part):
+            parts = (*tree[:i], other, *tree[i + 1 :])
+            yield type(tree)(*parts) if hasattr(tree, "_fields") else parts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        "mab",
+        "sab",
+        "isab",
+        "pma",
+        "set_transformer",
+        "cross_attention",
+        "latent_transformer",
+        "gated_cross_attention",
+    ],
+)
+def test_what_fitted_before_lets_nothing_else_through(monkeypatch, name):
+    """Checks that are not made again for a tree like one that fitted are made for every other, with the same error."""
+    case = ONE_OF_EACH[name].map(lambda a: a.astype("float32"))
+
+    def outcome(params: Any) -> str:
+        try:
+            return str(case.call(case.arrays, params, {}).tobytes())
+        except ArgumentError as error:
+            return f"{type(error)} {error}"
+
+    fitting: set[Any] = set()
+    monkeypatch.setattr(setattn._parts, "_fitting", fitting)
+    refused = 0
+    for params in spoiled(case.params):
+        fitting.clear()
+        alone = outcome(params)
+        fitting.clear()
+        outcome(case.params)
+        assert len(fitting) == 1
+        assert outcome(params) == outcome(params) == alone
+        refused += alone.startswith("<class")
+    assert refused > 20
+
+
+def test_what_fitted_is_told_apart_by_options_and_widths():
+    """A tree that fits one width or one option is checked again for another."""
+    case = ONE_OF_EACH["mab"].map(lambda a: a.astype("float32"))
+    (x, y), params = case.arrays, case.params
+    setattn.mab(x, y, params)
+    for arrays in ((x[..., :-1], y), (x, y[..., :-1])):
+        with pytest.raises(ShapeError, match=r"to match params\.attention"):
+            setattn.mab(*arrays, params)
+    output = Linear(params.attention.output.weight[..., :5])
+    narrow = setattn.MAB(params.attention._replace(output=output))
+    setattn.mab(x, y, narrow, query_residual=False)
+    with pytest.raises(ShapeError, match="to be added to x"):
+        setattn.mab(x, y, narrow)
+
+
+def test_little_is_remembered(monkeypatch):
+    """What is remembered of parameters that fitted has a limit, and holds no array."""
+    fitting: set[Any] = set()
+    monkeypatch.setattr(setattn._parts, "_fitting", fitting)
+    for width in range(1, 2 * setattn._parts._MOST):
+        setattn.sab(np.ones((1, width), np.float32), setattn.MAB(bare(width)))
+    assert 1 <= len(fitting) <= setattn._parts._MOST
+
+    def parts(a: Any) -> Iterator[Any]:
+        yield from (part for b in a for part in parts(b)) if isinstance(a, tuple) else (a,)
+
+    assert not any(isinstance(part, np.ndarray) for part in parts(tuple(fitting)))
+
+
+def bare(width: int) -> setattn.Attention:
+    weight = Linear(np.ones((width, 1, width), np.float32))
+    return setattn.Attention((), weight, weight)
