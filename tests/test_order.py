@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import array_api_compat.numpy
 import cases
@@ -147,3 +149,59 @@ def test_an_order_that_forgets_a_bias_is_noticed(monkeypatch, where, order):
     monkeypatch.setattr(module, where, lambda *arguments: original(*FORGET[where](*arguments)))
     with pytest.raises(AssertionError):
         tolerances.assert_close(case.numpy("float32", plan=Plan(order)), value, bound, "a forgotten bias")
+
+
+# --- what a small call takes beside its products --------------------------------------------------------------------
+
+LIBRARY = str(Path(setattn.__file__).parent)
+
+
+class Counted(np.ndarray):
+    """An array that counts the operations on it and on what comes out of them."""
+
+    operations = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        Counted.operations += 1
+        plain = [a.view(np.ndarray) if isinstance(a, Counted) else a for a in inputs]
+        if out is not None:
+            options["out"] = tuple(a.view(np.ndarray) for a in out)
+        return getattr(ufunc, method)(*plain, **options).view(Counted)
+
+
+def one_small_set():
+    """The call of the benchmark for latency: one set of 64, 1 seed, 4 heads, with a row-wise network and norms."""
+    rng = np.random.default_rng(0)
+    params = setattn.init_pma(64, num_seeds=1, num_heads=4, norm="layer", rng=rng)
+    return rng.normal(size=(64, 64)).astype(np.float32), params
+
+
+def test_a_small_call_goes_through_few_functions():
+    """The functions of the library that one small set goes through are counted: there were 538 before they were."""
+    x, params = one_small_set()
+    setattn.pma(x, params)  # its parameters are known from now on
+    called = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(LIBRARY):
+            called.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        setattn.pma(x, params)
+    finally:
+        sys.setprofile(before)
+    assert 50 < len(called) <= 190
+
+
+def test_a_small_call_takes_few_operations():
+    """The operations on arrays are those of the equations, with a look at the numbers before each of the two norms."""
+    x, params = one_small_set()
+    Counted.operations = 0
+    out = setattn.pma(x.view(Counted), setattn.map_params(lambda a: a.view(Counted), params))
+    operations = Counted.operations
+    np.testing.assert_array_equal(out.view(np.ndarray), setattn.pma(x, params))
+    products, biases, scale, activations, residuals = 9, 7, 1, 2, 2
+    softmax, norm = 7, 13  # with the sum, a product; with the smallest and largest number
+    assert 40 < operations <= products + biases + scale + activations + residuals + softmax + 2 * norm
