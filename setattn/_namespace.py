@@ -395,15 +395,15 @@ def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
     if isinstance(xp, _NumPy):
-        smallest, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
-        return bool(largest <= limit and smallest >= -limit)
+        least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
+        return bool(largest <= limit and least >= -limit)
     if not isinstance(xp, _Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
-        least, largest = (float(end) for end in x.detach().aminmax())
+        least, largest = x.detach().aminmax()
+        return float(largest) <= limit and float(least) >= -limit
     except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
         return False
-    return largest <= limit and least >= -limit
 
 
 def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
@@ -414,10 +414,12 @@ def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
     function = getattr(xp, operation)
     if isinstance(xp, _Written):
         return function(a, b, out=a)
-    if _writes(xp):
-        with contextlib.suppress(RuntimeError):  # of torch.func.vmap, where b has an axis that a has not
-            return getattr(a, f"{operation}_")(b)
-    return function(a, b)
+    if not _writes(xp):
+        return function(a, b)
+    try:
+        return getattr(a, f"{operation}_")(b)
+    except RuntimeError:  # of torch.func.vmap, where b has an axis that a has not
+        return function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
