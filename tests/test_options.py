@@ -30,7 +30,8 @@ def run(tmp_path):
     """Run these tests in a process of their own, which finds no CuPy, or a stand-in."""
     (tmp_path / "no_cupy.py").write_text(NO_CUPY)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(tmp_path)])
+    paths = [str(TESTS), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
 
     def call(*arguments, plugin="no_cupy"):
         command = [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", "-q", *arguments]
