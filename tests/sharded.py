@@ -298,7 +298,14 @@ def test_outside_of_jit(backend):
 REFUSED = ("perceiver-whole", "perceiver-features", "inputs-as-queries", *(n for n in NAMES if n.startswith("tokens")))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in REFUSED])
+TYPED = (
+    *(name for name in cases.ONE_EACH if name not in GATHERED),
+    *("attention-pairs-and-bias", "attention-grouped", "attention-length-pairs", "mab-pre-norm", "set_transformer"),
+    *("attention_pool-all-positions", "perceiver_resampler-frames", "perceiver_resampler-ip-adapter-mean"),
+)
+
+
+@pytest.mark.parametrize("name", TYPED)
 def test_explicit_axes(backend, name):
     """Where the sharding is a part of types, JAX is told how each product is sharded."""
     call = sharded(name, mesh=explicit_mesh)
@@ -374,10 +381,7 @@ def by_devices(call):
     return jax.shard_map(on_each, mesh=mesh, in_specs=(arrays, P(), masks), out_specs=P(None, "set") if rows else P())
 
 
-PLACELESS = [n for n in streams.NAMES if n in NAMES and n in cases.NAMES and not has_table(cases.make(n).params)]
-
-
-@pytest.mark.parametrize("name", PLACELESS)
+@pytest.mark.parametrize("name", [*streams.FUNCTIONS, "isab-length", "perceiver_resampler-length"])
 def test_states_of_devices(backend, name):
     """Each device makes a state of its own element, which of the second set takes no part, and they are merged."""
     call = sharded(name)
