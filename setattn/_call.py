@@ -12,6 +12,7 @@ from setattn._namespace import (
     device_of,
     ignore_underflow,
     in_one_chunk,
+    is_about_explicit_axes,
     is_plain,
     namespace_of,
     namespace_of_chunks,
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     decided_by: str = "the first argument"  # which array the others must agree with
     held: Namespace | None = None  # of the chunks of a lazy array; parameters may be of it, too
     chunks: Namespace | None = None  # the same, where the function is computed chunk by chunk
+    argument: str = ""  # the name of the first one
 
 
 def begin(
@@ -65,7 +67,7 @@ def begin(
     eager = chunks is not None or block_bytes(x, xp) is not None
     device = None if held else device_of(x, xp)
     dtype, kind = native(x.dtype), type(x)
-    return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks)
+    return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks, argument)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
@@ -76,11 +78,18 @@ def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
     if call.held is not None:
         lazy = call.chunks is None
         params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
-    with ignore_underflow(call.xp):
-        if not call.half:
-            return body(params)
-        wide = map_params(lambda a: widen(a, namespace_of(a)), params)
-        return call.xp.astype(body(wide), call.dtype)
+    try:
+        with ignore_underflow(call.xp):
+            if not call.half:
+                return body(params)
+            wide = map_params(lambda a: widen(a, namespace_of(a)), params)
+            return call.xp.astype(body(wide), call.dtype)
+    except Exception as error:
+        if not is_about_explicit_axes(error):
+            raise
+        got = "one of arrays that are sharded over explicit axes in ways that do not fit"
+        wanted = "axes of AxisType.Auto: see jax.sharding.auto_axes"
+        raise NamespaceError(call.function, call.argument, got, wanted) from error
 
 
 def widen(a: Array, xp: Namespace) -> Array:

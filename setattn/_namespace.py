@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
@@ -125,7 +127,21 @@ class _Dask(_Adapted):
         return reduction(x, chunk=largest, aggregate=largest, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
 
-_ADAPTERS: dict[str, type[_Adapted]] = {"numpy": _NumPy, "cupy": _Written, "torch": _Torch, "dask": _Dask}
+class _JAX(_Adapted):
+    """JAX's, with products that say how they are sharded where explicit axes of a mesh ask for that."""
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        sharding = _sharding_of_product(a, b)
+        return self._module.matmul(a, b) if sharding is None else self._module.matmul(a, b, out_sharding=sharding)
+
+
+_ADAPTERS: dict[str, type[_Adapted]] = {
+    "numpy": _NumPy,
+    "cupy": _Written,
+    "torch": _Torch,
+    "jax": _JAX,
+    "dask": _Dask,
+}
 _adapted: dict[str, Namespace] = {}
 
 
@@ -315,6 +331,14 @@ def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     return np.errstate(under="ignore") if isinstance(xp, _NumPy) else contextlib.nullcontext()
 
 
+def only_checks(call: Callable[[], Array], xp: Namespace) -> None:
+    """Make a call for the errors that it raises: JAX computes nothing then, and no operation is left in a trace."""
+    if name_of(xp) == "jax":
+        sys.modules["jax"].eval_shape(call)
+    else:
+        call()
+
+
 def all_finite(x: Array, xp: Namespace) -> bool:
     """Say whether all numbers are finite; a sum of them, one pass without a copy, says so almost always."""
     with np.errstate(all="ignore"):
@@ -336,6 +360,23 @@ def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     return into("add", xp.matmul(a, b), c, xp)
 
 
+def _sharding_of_product(a: Array, b: Array) -> Any:
+    """Say how a product is sharded that sums over an explicit axis of a mesh of JAX, which asks for that."""
+    rows, columns = tuple(a.aval.sharding.spec), tuple(b.aval.sharding.spec)
+    if rows[-1] is None or columns[-2] is None:
+        return None
+    jax = sys.modules["jax"]
+    batch = itertools.zip_longest(rows[-3::-1], columns[-3::-1])  # from the last axis on
+    axes = [of_a if of_b is None else of_b for of_a, of_b in batch][::-1]
+    spec = jax.sharding.PartitionSpec(*axes, rows[-2], columns[-1])
+    return jax.sharding.NamedSharding(b.aval.sharding.mesh, spec)
+
+
+def is_about_explicit_axes(error: Exception) -> bool:
+    """Say whether an error is that of JAX where arrays are sharded over explicit axes in ways that do not fit."""
+    return type(error).__name__ in ("ShardingTypeError", "DuplicateSpecError")
+
+
 _CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
 
 
@@ -343,7 +384,8 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
     """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
 
     On a CPU, what a core's share of the caches holds; on a GPU, enough for a kernel to be busy with. A loop that is
-    traced becomes as many copies of its body, and Dask has blocks of its own.
+    traced becomes as many copies of its body, a block of an array over several devices would have to be sent around,
+    and Dask has blocks of its own.
     """
     if isinstance(xp, _NumPy):
         return _CACHE
@@ -352,7 +394,9 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
         return None
     if name == "jax":
         jax = sys.modules["jax"]
-        return None if isinstance(x, jax.core.Tracer) else _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
+        if isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1:
+            return None
+        return _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
     if name == "torch":
         return None if xp.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
     return _GPU_MEMORY if name == "cupy" else _CACHE
@@ -537,9 +581,14 @@ def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
     """Look rows up by number, ``(..., n)`` to ``(..., n, dim)``; a number outside the table has a row of NaN."""
     at = _index(numbers, xp)
     inside = xp.logical_and(at >= 0, at < table.shape[0])
-    at = xp.reshape(xp.where(inside, at, 0), (math.prod(numbers.shape),))
-    rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
-    rows = xp.where(inside[..., None], xp.reshape(rows, (*numbers.shape, table.shape[1])), math.nan)
+    at = xp.where(inside, at, 0)
+    if name_of(xp) == "jax":  # which need not bring together the numbers of all devices to lay them in one row
+        rows = xp.take(table, at, axis=0)
+    else:
+        at = xp.reshape(at, (math.prod(numbers.shape),))
+        rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
+        rows = xp.reshape(rows, (*numbers.shape, table.shape[1]))
+    rows = xp.where(inside[..., None], rows, math.nan)
     # On Dask, in the chunks of the numbers: what follows is then rounded as it is for elements that came as they are.
     return rows.rechunk((*numbers.chunks, -1)) if name_of(xp) == "dask" else rows
 

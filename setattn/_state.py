@@ -66,9 +66,14 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
 def merge_states(a: State, b: State, xp: Namespace) -> State:
     """Merge the states of two parts of a set, in either order."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
-    shift = _finite(largest, xp)
-    wa, wb = xp.exp(a.largest - shift), xp.exp(b.largest - shift)
-    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
+    a, b = relative_to(largest, a, xp), relative_to(largest, b, xp)
+    return State(largest, a.total + b.total, into("add", a.weighted, b.weighted, xp))
+
+
+def relative_to(largest: Array, state: State, xp: Namespace) -> State:
+    """Express a state by the largest score of more than its own part of a set: such states are added up."""
+    w = xp.exp(state.largest - _finite(largest, xp))
+    return State(largest, state.total * w, state.weighted * w)
 
 
 def finish(state: State, xp: Namespace) -> Array:

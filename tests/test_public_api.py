@@ -336,7 +336,7 @@ LAYERS = [
     {"streaming/_passes", "streaming/_same", "streaming/_files"},
     {"streaming/_work"},
     {"streaming/_stream", "streaming/_sources"},
-    {"streaming/_functions", "streaming/_save"},
+    {"streaming/_all_reduce", "streaming/_functions", "streaming/_save"},
     {"streaming/_fold"},
     {"streaming/__init__"},
 ]

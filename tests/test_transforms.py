@@ -46,12 +46,15 @@ def with_numbers(case, values):
 
 @functools.cache
 def slope(name):
+    return slope_of(*cases.expected(name, "float64"))
+
+
+def slope_of(case, value, bound):
     """The weights of a sum over the result, a direction, and the slope of the sum in it with its tolerance.
 
     The noise of the sum is the rounding bound of every element, weighted; that of a gradient by differentiation, a few
     units of rounding, is far below what dividing the noise by the step makes of it.
     """
-    case, value, bound = cases.expected(name, "float64")
     rng = np.random.default_rng(7)
     weights, start = rng.normal(size=value.shape), numbers(case)
     direction = [rng.normal(size=a.shape) for a in start]
@@ -65,11 +68,15 @@ def slope(name):
 
 
 def assert_slope(name, gradients):
+    assert_slope_of(cases.make(name).function, slope(name), gradients)
+
+
+def assert_slope_of(function, slope, gradients):
     """Check gradients, in the order of :func:`numbers`, and that the error of leaving one of them out would be seen."""
-    _, direction, derivative, tolerance = slope(name)
+    _, direction, derivative, tolerance = slope
     parts = np.array([np.sum(g * d) for g, d in zip(gradients, direction, strict=True)])
     assert np.isfinite(parts).all()
-    tolerances.assert_close(np.sum(parts), derivative, tolerance, f"gradient of {cases.make(name).function}")
+    tolerances.assert_close(np.sum(parts), derivative, tolerance, f"gradient of {function}")
     # A bias of keys cancels in the softmax, and so does what comes before it; what is left is rounding.
     assert np.max(np.abs(parts)) > 8 * tolerance
     assert all(abs(part) > 8 * tolerance or abs(part) < tolerance / 8 for part in parts)

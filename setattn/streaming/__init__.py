@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from setattn.streaming._all_reduce import all_reduce
 from setattn.streaming._files import SourceError
 from setattn.streaming._fold import fold, transform
 from setattn.streaming._functions import advance, create, finish, merge, rows, update
@@ -12,6 +13,7 @@ __all__ = [
     "SourceError",
     "State",
     "advance",
+    "all_reduce",
     "create",
     "finish",
     "fold",

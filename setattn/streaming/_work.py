@@ -14,7 +14,7 @@ from setattn._errors import OptionError, ShapeError
 from setattn._layers import Options
 from setattn._layers import options as checked_options
 from setattn._mab import mab
-from setattn._namespace import creation_device, ignore_underflow, native, widest_float
+from setattn._namespace import creation_device, ignore_underflow, native, only_checks, widest_float
 from setattn._params import ISAB, FeedForward, Linear, is_absent, map_params
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention
@@ -134,7 +134,7 @@ def work_of(
     table = token_table(params)
     empty = _empty(call, leaf, name, params, batch, tokens=not is_absent(table))
     arrays = {True: (queries, empty), False: (empty, queries), None: (empty,)}[wants]
-    FUNCTIONS[name].call(*arrays, params, **options)
+    only_checks(lambda: FUNCTIONS[name].call(*arrays, params, **options), call.xp)
 
     known = {key: value for key, value in options.items() if key in ("activation", "eps", "scale", "plan")}
     o = checked_options(call, **known)
