@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import os
 
-import cases
 import numpy as np
 import pytest
 import strategies
@@ -19,6 +18,7 @@ one_thread = strategies.one_thread
 
 PARAMS = setattn.init_pma(8, num_heads=2, num_seeds=3, rng=0)
 DEEP = setattn.init_set_transformer(8, 16, 4, num_heads=4, num_inducing=5, num_encoders=2, rng=0)
+MAB = setattn.init_mab(8, num_heads=2, rng=0)
 X = np.random.default_rng(1).normal(size=(2, 50, 8)).astype(np.float32)
 MASK = np.random.default_rng(2).random((2, 50)) < 0.7
 BYTES = 2 * 8 * 4 * 10  # of ten elements of both sets
@@ -150,6 +150,30 @@ def test_rows(tmp_path, kind):
     assert not np.asarray(y)[~MASK].any()
 
 
+def test_rows_of_a_context(tmp_path):
+    """Rows that attend to a context in memory are made in one pass, in which a generator will do."""
+    want = setattn.mab(X, X[:, ::-1][:, :7], MAB, query_mask=MASK, mask=MASK[:, :7])
+    given = {"context": X[:, ::-1][:, :7], "context_mask": MASK[:, :7]}
+    pairs = ((X[:, i : i + 10], MASK[:, i : i + 10]) for i in range(0, 50, 10))
+    close(np.concatenate(list(streaming.transform("mab", MAB, pairs, **given)), axis=1), want)
+    np.save(tmp_path / "x.npy", X)
+    out = np.empty_like(X)
+    y = streaming.transform("mab", MAB, tmp_path / "x.npy", mask=MASK, out=out, chunk_bytes=BYTES, **given)
+    assert y is out
+    close(out, want)
+    state = streaming.create("mab", MAB, batch=(2,), **given)
+    assert (state.passes, repr(state)) == (1, "<setattn.streaming.State mab, batch (2,), 0 elements in 0 chunks>")
+    streaming.save(tmp_path / "state.safetensors", state)
+    state, part = streaming.rows(streaming.load(tmp_path / "state.safetensors"), X[:, :9], mask=MASK[:, :9])
+    close(part, want[:, :9])
+    with pytest.raises(setattn.OptionError, match=r"one of rows that attend to a context; wanted .* see rows\(\)"):
+        streaming.finish(state)
+    with pytest.raises(setattn.ParameterError, match=r"'b\.context' is of other numbers"):
+        streaming.merge(state, streaming.create("mab", MAB, batch=(2,), **(given | {"context": X[:, 1:8]})))
+    with pytest.raises(setattn.ShapeError, match=r"chunk 1' has shape \(2, 10, 7\); wanted \(2, n, 8\)"):
+        list(streaming.transform("mab", MAB, [X, X[:, :10, :7]], **given))
+
+
 def test_rows_need_room():
     params = setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0)
     for shape in ((2, 49, 8), (2, 51, 8), (2, 50, 7), (100, 8)):
@@ -157,7 +181,7 @@ def test_rows_need_room():
             streaming.transform("isab", params, X, out=np.empty(shape, np.float32), chunk_bytes=BYTES)
     with pytest.raises(setattn.ShapeError, match="wanted 50 rows"):
         streaming.transform("isab", params, pieces(), out=np.empty((2, 60, 8), np.float32))
-    with pytest.raises(setattn.OptionError, match="transform: argument 'function' is 'pma'; wanted 'isab', or"):
+    with pytest.raises(setattn.OptionError, match="transform: argument 'function' is 'pma'; wanted one with a row"):
         streaming.transform("pma", PARAMS, X)
 
 
@@ -440,15 +464,28 @@ def test_what_cannot_be_streamed():
             setattn.ParameterError,
             "params.frame_embedding' is there; wanted ()",
         ),
-        (
-            ("perceiver_resampler", cases.make("perceiver_resampler-ip-adapter-mean").params),
-            {},
-            setattn.ParameterError,
-            "params.mean_latents' is there; wanted (), as the mean of all elements",
-        ),
         ((setattn.sab, PARAMS), {}, setattn.OptionError, "'function' is 'sab'; wanted one of 'attention'"),
         (("cross_attention", PARAMS), {}, setattn.OptionError, "'queries' is None; wanted an array, the first one of"),
         (("pma", PARAMS), {"queries": X}, setattn.OptionError, "'queries' is given; wanted None, as pma has its"),
+        (
+            ("pma", PARAMS),
+            {"context": X},
+            setattn.OptionError,
+            "'context' is given; wanted None, as nothing but the stream is attended to in pma",
+        ),
+        (
+            ("mab", MAB),
+            {"queries": X, "context": X},
+            setattn.OptionError,
+            "'context' is given; wanted None beside queries",
+        ),
+        (
+            ("mab", MAB),
+            {"queries": X, "context_mask": MASK},
+            setattn.OptionError,
+            "'context_mask' is given; wanted None without a context",
+        ),
+        (("mab", MAB), {"context": X[..., :7]}, setattn.ShapeError, "mab: argument 'y' has shape (2, 50, 7)"),
         (("pma", PARAMS), {"mask": X}, setattn.OptionError, "'mask' is given; wanted it with each chunk"),
         (("pma", PARAMS), {"batch": 3}, setattn.OptionError, "'batch' is 3; wanted a sequence of integers"),
         (("pma", PARAMS), {"first": -1}, setattn.OptionError, "'first' is -1; wanted an integer of at least 0"),
