@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``stream``."""
+"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``imports``; ``stream``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("compare", "gpu", "stream")
+COMMANDS = ("compare", "gpu", "imports", "stream")
 
 
 def main(arguments: list[str]) -> int:
