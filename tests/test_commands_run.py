@@ -81,38 +81,8 @@ def test_run_in_another_dtype(dtype, say):
     assert np.array_equal(y, wanted)
 
 
-def blocks():
-    """Yield a block of every function that has parameters, and the arrays it takes for a batch of 6."""
-    rng = np.random.default_rng(1)
-
-    def a(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    heads, seed = {"num_heads": 2}, {"rng": 0}
-    sets, some = a(6, 5, 8), {"num_latents": 3, "num_layers": 1, **heads, **seed}
-    yield "attention", setattn.init_attention(8, **heads, **seed), [a(6, 3, 8), sets]
-    yield "cross_attention", setattn.init_cross_attention(8, **heads, **seed), [a(6, 3, 8), sets]
-    yield "mab", setattn.init_mab(8, **heads, **seed), [a(6, 3, 8), sets]
-    yield "sab", setattn.init_mab(8, **heads, **seed), [sets]
-    yield "isab", setattn.init_isab(8, num_inducing=3, **heads, **seed), [sets]
-    yield "pma", setattn.init_pma(8, **heads, **seed), [sets]
-    yield "set_transformer", setattn.init_set_transformer(8, 8, 2, num_inducing=3, **heads, **seed), [sets]
-    yield "attention_pool", setattn.init_attention_pool(8, **heads, **seed), [sets]
-    yield "latent_transformer", setattn.init_latent_transformer(8, num_layers=1, **heads, **seed), [sets]
-    yield "perceiver", setattn.init_perceiver(8, 8, **some), [sets]
-    yield "perceiver_io", setattn.init_perceiver_io(8, 8, 7, 2, **some), [sets, a(6, 4, 7)]
-    yield "perceiver_resampler", setattn.init_perceiver_resampler(8, **some), [sets]
-    frames = setattn.init_perceiver_resampler(8, num_frames=4, num_media=3, **some)
-    yield "perceiver_resampler", frames, [a(6, 2, 4, 5, 8)]
-    yield (
-        "gated_cross_attention",
-        setattn.init_gated_cross_attention(8, 6, **heads, **seed),
-        [a(6, 5, 8), a(6, 2, 3, 6)],
-    )
-
-
 @pytest.mark.parametrize(
-    ("function", "params", "arrays"), [pytest.param(*b, id=f"{b[0]}-{i}") for i, b in enumerate(blocks())]
+    ("function", "params", "arrays"), [pytest.param(*b, id=f"{b[0]}-{i}") for i, b in enumerate(commands.blocks())]
 )
 def test_run_every_block(function, params, arrays, say):
     block = setattn.Block(function, params)
