@@ -48,7 +48,11 @@ NAMES = tuple(name for name in (*cases.NAMES, *cases.OWN_TESTS) if streams(cases
 
 def asks(case: Case) -> bool:
     """Say whether the elements that ask can be streamed, to a context in memory."""
-    return case.function in ("attention", "cross_attention", "mab") and not set(case.masks) - {"mask", "query_mask"}
+    if case.function not in ("attention", "cross_attention", "mab") or set(case.masks) - {"mask", "query_mask"}:
+        return False
+    p = case.params if case.function == "attention" else case.params.attention
+    heads = case.arrays[0].shape[-1] // p.key.weight.shape[-1]  # without a map of the queries, or of their heads
+    return not is_absent(p.query) or not is_absent(p.output) or heads == p.key.weight.shape[-2]
 
 
 ASKING = tuple(name for name in (*cases.NAMES, *cases.OWN_TESTS) if asks(cases.make(name)))

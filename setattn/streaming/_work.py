@@ -30,15 +30,26 @@ class _Function(NamedTuple):
     call: Callable[..., Array]
     queries: bool | None = None  # whether they have to be given; None where they cannot be
     width: Callable[[Any], Any] = lambda p: _of_map(p.attention.key)  # of an element, by well-formed parameters
-    asking: Callable[[Any], Any] = lambda p: _of_queries(p.attention)  # of one that attends to a context
+    asking: Callable[[Any], Any] = lambda p: _of_queries(p.attention, p.query_norm)  # of one that attends to a context
 
 
 def _of_map(p: Any) -> Any:
     return p.weight.shape[0]
 
 
-def _of_queries(p: Any) -> Any:
-    return p.key.weight.shape[1] * p.key.weight.shape[2] if is_absent(p.query) else _of_map(p.query)
+def _of_queries(p: Any, norm: Any = ()) -> Any:
+    """Return the width of queries; where nothing tells it, there are as many heads as those of the keys."""
+    if not is_absent(p.query):
+        return _of_map(p.query)
+    scale: Any = getattr(norm, "scale", ())
+    if not is_absent(scale):
+        return scale.shape[0]
+    heads, head_dim = p.key.weight.shape[1:]
+    return head_dim * (heads if is_absent(p.output) else p.output.weight.shape[0])
+
+
+def _of_asking_mab(p: Any) -> Any:
+    return _of_queries(p.attention, p.query_norm) if is_absent(p.project) else _of_map(p.project)
 
 
 def _of_embedded(p: Any) -> Any:
@@ -80,9 +91,7 @@ FUNCTIONS = {
     "attention_pool": _Function(attention_pool, width=_of_pool),
     "cross_attention": _Function(cross_attention, True),
     "isab": _Function(isab, width=lambda p: _of_map(p.mab_inducing.attention.key)),
-    "mab": _Function(
-        mab, True, asking=lambda p: _of_queries(p.attention) if is_absent(p.project) else _of_map(p.project)
-    ),
+    "mab": _Function(mab, True, asking=_of_asking_mab),
     "perceiver": _Function(perceiver, width=_of_embedded),
     "perceiver_io": _Function(perceiver_io, False, lambda p: _of_embedded(p.encoder)),
     "perceiver_resampler": _Function(perceiver_resampler, width=_of_resampler),
