@@ -142,7 +142,7 @@ def on_cupy(problem: Problem, precision: str) -> Built:
     params = setattn.convert_params(problem.params, cupy, dtype=dtype)
     call = functools.partial(problem.function, *inputs, params, **problem.options)
     stream = cupy.cuda.get_current_stream()
-    return finished(call, stream.synchronize), lambda x: x.get().astype(np.float64)
+    return Finished(call, stream.synchronize), lambda x: x.get().astype(np.float64)
 
 
 def on_torch(problem: Problem, precision: str) -> Built:
@@ -152,7 +152,7 @@ def on_torch(problem: Problem, precision: str) -> Built:
     inputs = [torch.from_numpy(x).to(DEVICE, dtype) for x in problem.inputs]
     params = setattn.convert_params(problem.params, torch, device=DEVICE, dtype=dtype)
     call = functools.partial(problem.function, *inputs, params, **problem.options)
-    return finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
+    return Finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
 
 
 def torch_peer(problem: Problem, precision: str, core: str) -> Built:
@@ -161,7 +161,7 @@ def torch_peer(problem: Problem, precision: str, core: str) -> Built:
     from benchmarks import torch_forms
 
     call = torch_forms.build(problem, core, DEVICE, getattr(torch, dtype_name(precision)))
-    return finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
+    return Finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
 
 
 def on_jax(problem: Problem, precision: str) -> Built:
@@ -188,22 +188,61 @@ def jax_with_gpu() -> Any:
     return jax
 
 
-def finished(call: Callable[[], Any], synchronize: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        result = call()
-        synchronize()
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A call that returns when the device is done."""
+
+    call: Callable[[], Any]
+    synchronize: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        result = self.call()
+        self.synchronize()
         return result
 
-    return run
 
+def on_cupy_graph(problem: Problem, precision: str) -> Built:
+    """Record the kernels of a call once, and launch them all at once: what ``jax.jit`` does by itself."""
+    import cupy
+
+    run, to_numpy = on_cupy(problem, precision)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for _ in range(3):
+            run()  # compiles, and fills the pool of memory
+        stream.begin_capture()
+        result = run.call()
+        graph = stream.end_capture()
+    return Finished(lambda: (graph.launch(stream), result)[1], stream.synchronize), to_numpy
+
+
+def on_torch_graph(build: Callable[[Problem, str], Built], problem: Problem, precision: str) -> Built:
+    import torch
+
+    run, to_numpy = build(problem, precision)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run.call()
+    return Finished(lambda: (graph.replay(), result)[1], torch.cuda.synchronize), to_numpy
+
+
+SDPA, MATMUL, MODULE = (functools.partial(torch_peer, core=core) for core in ("sdpa", "matmul", "module"))
 
 CONTESTANTS: dict[str, Callable[[Problem, str], Built]] = {
     "setattn, cupy": on_cupy,
+    "setattn, cupy, CUDA graph": on_cupy_graph,
     "setattn, torch": on_torch,
+    "setattn, torch, CUDA graph": functools.partial(on_torch_graph, on_torch),
     "setattn, jax": on_jax,
-    "torch scaled_dot_product_attention": functools.partial(torch_peer, core="sdpa"),
-    "torch matmul and softmax": functools.partial(torch_peer, core="matmul"),
-    "torch.nn.MultiheadAttention": functools.partial(torch_peer, core="module"),
+    "torch scaled_dot_product_attention": SDPA,
+    "torch scaled_dot_product_attention, CUDA graph": functools.partial(on_torch_graph, SDPA),
+    "torch matmul and softmax": MATMUL,
+    "torch matmul and softmax, CUDA graph": functools.partial(on_torch_graph, MATMUL),
+    "torch.nn.MultiheadAttention": MODULE,
     "jax.nn.dot_product_attention": jax_peer,
 }
 

@@ -125,6 +125,7 @@ def test_typed():
 # --- import ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.environment
 def test_import_brings_no_backend_but_numpy():
     code = """
         import sys, setattn
@@ -134,6 +135,7 @@ def test_import_brings_no_backend_but_numpy():
     assert run(code) == "[] False"
 
 
+@pytest.mark.environment
 def test_import_loads_little_beside_numpy():
     """What an import costs is what it loads; ``python -m benchmarks imports`` measures the time."""
     code = """
@@ -149,6 +151,7 @@ def test_import_loads_little_beside_numpy():
     assert int(own) <= 45
 
 
+@pytest.mark.environment
 def test_works_with_its_two_dependencies_alone():
     code = """
         import sys

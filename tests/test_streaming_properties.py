@@ -231,7 +231,7 @@ def reloaded(backend: Backend, state: streaming.State) -> streaming.State:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "state.safetensors")
         streaming.save(path, state)
-        return streaming.load(path, xp=backend.xp, device=backend._target())
+        return streaming.load(path, xp=backend.xp, device=backend.target)
 
 
 @on_eager(*streams.FUNCTIONS)
