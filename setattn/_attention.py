@@ -10,7 +10,7 @@ from setattn._attend import attend, by_queries, log_length_of
 from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context, ready
-from setattn._layers import enter, options
+from setattn._layers import Options, enter, options, select
 from setattn._params import Attention
 from setattn._state import head_counts, order_of, queries, sizes_of, softmax_weights, ungroup
 from setattn._typing import Array
@@ -110,13 +110,8 @@ def attention(
     call = _check_attention("attention", query, context, params, mask, pair_mask, bias)
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    def body(params: Attention) -> Array:
-        def rows(q: Array, y: Context, _: Block | None) -> Array:
-            return attend(enter(q, None, o), [y], params, o)
-
-        return by_queries(rows, query, Context(context, mask, pair_mask, bias), params, o)
-
-    return evaluate(call, body, params)
+    q, y = Context(query), Context(context, mask, pair_mask, bias)
+    return evaluate(call, lambda p: attend_from(q, y, p, o), params)
 
 
 def attention_weights(
@@ -177,6 +172,19 @@ def attention_weights(
         return w if y.poisoned is None else o.xp.where(y.poisoned[..., None, :, None], math.nan, w)
 
     return evaluate(call, body, params)
+
+
+# --- the mathematics ------------------------------------------------------------------------------------------------
+
+
+def attend_from(q: Context, y: Context, p: Attention, o: Options) -> Array:
+    """Attend from the elements of one context to those of another; the rows of masked ones are 0."""
+
+    def rows(x: Array, y: Context, block: Block | None) -> Array:
+        part = q.mask if block is None else block.of(q.mask)
+        return select(attend(enter(x, part, o), [y], p, o), part, o.xp)
+
+    return by_queries(rows, q.elements, y, p, o)
 
 
 def _check_attention(

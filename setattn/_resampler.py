@@ -106,7 +106,7 @@ def perceiver_resampler(
     def body(p: Resampler) -> Array:
         before = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
         y = _flatten(features, mask, *before)
-        z = p.latents if is_absent(p.mean_latents) else whole_sets(_latents(y, *before), o)
+        z = p.latents if is_absent(p.mean_latents) else whole_sets(mean_latents(_mean(y, o.xp), *before), o)
         for layer in p.layers:
             z = _resample(Context(z), y, layer, o)
         return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
@@ -174,17 +174,16 @@ def _rows(table: Array, axis: int, size: int, block: Block | None) -> Array:
     return table[block.cut if block is not None and block.axis == axis else slice(size), :]
 
 
-def _latents(y: Context, p: Resampler, o: Options) -> Array:
-    """Lay the latents that are made of the mean of all elements, if there are any, before the learned ones."""
-    if not isinstance(p.mean_latents, MeanLatents):
-        return p.latents
+def mean_latents(mean: Array, p: Resampler, o: Options) -> Array:
+    """Lay the latents that are made of the mean of all elements, ``(..., 1, dim)``, before the learned ones."""
+    assert isinstance(p.mean_latents, MeanLatents)
     xp, project = o.xp, p.mean_latents.project
     dim, count, _ = project.weight.shape
     flat = Linear(
         xp.reshape(project.weight, (dim, count * dim)),
         () if is_absent(project.bias) else xp.reshape(project.bias, (count * dim,)),
     )
-    made = linear(norm(_mean(y, xp), p.mean_latents.norm, o), flat, xp)
+    made = linear(norm(mean, p.mean_latents.norm, o), flat, xp)
     batch = made.shape[:-2]
     made = xp.reshape(made[..., 0, :], (*batch, count, dim))
     return xp.concat([made, xp.broadcast_to(p.latents, (*batch, *p.latents.shape))], axis=-2)

@@ -39,11 +39,23 @@ def streams(case: Case) -> bool:
     if case.function == "set_transformer":
         return all(isinstance(block, ISAB) for block in p.encoder)
     if case.function == "perceiver_resampler":
-        return all(map(is_absent, (p.frame_embedding, p.media_embedding, p.mean_latents)))
+        return all(map(is_absent, (p.frame_embedding, p.media_embedding)))
     return True
 
 
 NAMES = tuple(name for name in (*cases.NAMES, *cases.OWN_TESTS) if streams(cases.make(name)))
+
+
+def asks(case: Case) -> bool:
+    """Say whether the elements that ask can be streamed, to a context in memory."""
+    if case.function not in ("attention", "cross_attention", "mab") or set(case.masks) - {"mask", "query_mask"}:
+        return False
+    p = case.params if case.function == "attention" else case.params.attention
+    heads = case.arrays[0].shape[-1] // p.key.weight.shape[-1]  # without a map of the queries, or of their heads
+    return not is_absent(p.query) or not is_absent(p.output) or heads == p.key.weight.shape[-2]
+
+
+ASKING = tuple(name for name in (*cases.NAMES, *cases.OWN_TESTS) if asks(cases.make(name)))
 
 
 class Streamed:
@@ -64,13 +76,13 @@ class Streamed:
             self.params = backend.params(case.params, dtype)
             if backend.module == "dask.array":
                 self.params = setattn.map_params(lambda a: backend.xp.from_array(a, chunks=-1), self.params)
-        self.queries = None if queries is None else convert(queries)
+        self.beside = {} if queries is None else {"queries": convert(queries)}
         self.lengths = np.full(self.batch, self.n) if self.mask is None else self.mask.sum(axis=-1)
 
     def create(self, **changed: Any) -> streaming.State:
         """Create the state that has seen nothing."""
         length = self.convert(np.asarray(self.lengths, dtype=np.int32)) if self.batch else int(self.lengths)
-        given = {"queries": self.queries, "batch": self.batch, "length": length} | self.case.options
+        given = {"batch": self.batch, "length": length} | self.beside | self.case.options
         return streaming.create(self.case.function, self.params, **(given | changed))
 
     def chunk(self, start: int, stop: int) -> tuple[Any, Any]:
@@ -92,13 +104,11 @@ class Streamed:
 
     def all_passes(self, see: Callable[[streaming.State], streaming.State], cuts: Sequence[int]) -> list[Any]:
         """Go through all passes, and return the result, in parts."""
-        state = self.create()
-        for _ in range(len(state._work.passes.attentions) - 1):
+        state, parts = self.create(), []
+        for _ in range(state.passes - 1):
             state = streaming.advance(see(state))
-        state = see(state)
         if state._work.passes.rows is None:
-            return [streaming.finish(state)]
-        state, parts = streaming.advance(state), []
+            return [streaming.finish(see(state))]
         for x, mask in self.chunks(cuts):
             state, part = streaming.rows(state, x, mask=mask)
             parts.append(part)
@@ -107,6 +117,17 @@ class Streamed:
     def result(self, cuts: Sequence[int]) -> list[Any]:
         """Fold a stream that is cut at some places."""
         return self.all_passes(lambda state: self.seen(state, cuts), cuts)
+
+
+class Asking(Streamed):
+    """A case whose elements that ask are the stream, and attend to a context in memory."""
+
+    def __init__(self, case: Case, backend: Any = None, dtype: str = "float64") -> None:
+        context, mask, keep = case.arrays[1], case.masks.get("mask"), case.masks.get("query_mask")
+        asking = Case(case.function, case.arrays[:1], case.params, {} if keep is None else {"mask": keep}, case.options)
+        super().__init__(asking, backend, dtype)
+        given = {"context": context} if mask is None else {"context": context, "context_mask": mask}
+        self.beside = {key: self.convert(a) for key, a in given.items()}
 
 
 def merges(chunks: int) -> int:

@@ -1,20 +1,26 @@
-"""What must hold of streams for any set, any chunks and any tree of merges."""
+"""What must hold of streams for any set, any chunks and any tree of merges.
+
+The numbers are those of the properties in the catalogue; the memory (62) and the drift of long streams are in
+tests/test_streaming.py, chunks of Dask arrays without a stream (55) in tests/test_dask.py.
+"""
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cases
+import defects
 import hypothesis
 import numpy as np
 import pytest
 import strategies
 import streams
 import tolerances
-from backends import BACKENDS
+from backends import BACKENDS, Backend
 from hypothesis import stateful
 from hypothesis import strategies as st
 from strategies import Drawn, agree, blocks, for_all, same
@@ -26,17 +32,50 @@ from setattn import streaming
 one_thread = strategies.one_thread
 
 SINGLE = ("pma", "attention_pool", "cross_attention", "isab", "mab", "attention")
+ASKING = ("attention", "cross_attention", "mab")
+OTHERS = ("torch", "jax", "strict")
 cuts = st.lists(st.integers(0, 33), max_size=6)
 
 
-def calls(name: str, **given: Any) -> st.SearchStrategy[Drawn]:
-    """Draw calls that can be streamed."""
-    return blocks(name, only=("mask",), **given).filter(streams.streams)
+def on_eager(*names: str) -> pytest.MarkDecorator:
+    """Run a property of each function on NumPy, and one of any of them on every other eager backend."""
+    on_numpy = [pytest.param("numpy", name, id=f"numpy-{name}") for name in names]
+    elsewhere = [pytest.param(other, names, id=other) for other in OTHERS]
+    return pytest.mark.parametrize(("backend", "names"), [*on_numpy, *elsewhere], indirect=["backend"])
 
 
-def parts_of(drawn: Drawn, cuts: list[int]) -> tuple[Streamed, list[streaming.State]]:
+def calls(
+    backend: Backend, names: str | tuple[str, ...], *, of: Callable[[Any], bool] = streams.streams, **given: Any
+) -> st.SearchStrategy[Drawn]:
+    """Draw calls of one of some functions; on JAX, which compiles every shape anew, they are the common cases."""
+    names = (names,) if isinstance(names, str) else names
+    if backend.name == "jax":
+        common = {case.function: name for name in reversed(cases.NAMES) if of(case := cases.make(name))}
+        return st.sampled_from([strategies.made(common[name], "float32") for name in names])
+    only = ("mask",) if of is streams.streams else ("mask", "query_mask")
+    return st.sampled_from(names).flatmap(lambda name: blocks(name, only=only, **given)).filter(of)
+
+
+def on(backend: Backend, check: Callable[..., None]) -> Callable[..., None]:
+    return functools.wraps(check)(functools.partial(check, backend))
+
+
+def holds(backend: Backend, check: Callable[..., None], *domains: st.SearchStrategy) -> None:
+    """Run a property on a backend."""
+    for_all(on(backend, check), *domains, share=0.12 if backend.name == "jax" else 0.2)
+
+
+def stream(backend: Backend, drawn: Drawn) -> Streamed:
+    return Streamed(drawn, backend, str(drawn.dtype))
+
+
+def result(backend: Backend, drawn: Drawn, cuts: list[int]) -> np.ndarray:
+    return streams.together(stream(backend, drawn).result(cuts), backend.numpy)
+
+
+def parts_of(backend: Backend, drawn: Drawn, cuts: list[int]) -> tuple[Streamed, list[streaming.State]]:
     """Return a state for each chunk."""
-    streamed = Streamed(drawn)
+    streamed = stream(backend, drawn)
     empty = streamed.create()
     return streamed, [streaming.update(empty, x, mask=mask) for x, mask in streamed.chunks(cuts)]
 
@@ -47,23 +86,23 @@ def within(result: np.ndarray, drawn: Drawn, chunks: int) -> None:
     tolerances.assert_close(result, value, np.where(nan, 0.0, bound), f"stream of {drawn.function}", nan=nan)
 
 
-# --- chunks and trees --------------------
+# --- chunks and trees (49, 53, 54, 58, 59, 83) --------------------
 
 
-def any_chunks(drawn: Drawn, cuts: list[int]) -> None:
-    result = streams.together(Streamed(drawn).result(cuts))
-    within(result, drawn, len(cuts) + 1)
-    same(streams.together(Streamed(drawn).result(cuts)), result)  # and the same bits again
+def any_chunks(backend: Backend, drawn: Drawn, cuts: list[int]) -> None:
+    y = result(backend, drawn, cuts)
+    within(y, drawn, len(cuts) + 1)
+    same(result(backend, drawn, cuts), y)  # and the same bits again
 
 
-@pytest.mark.parametrize("name", streams.FUNCTIONS)
-def test_any_chunks_give_the_result(name):
+@on_eager(*streams.FUNCTIONS)
+def test_any_chunks_give_the_result(backend, names):
     """Any composition of the elements into chunks, empty ones among them, is within the bounds of the function."""
-    for_all(any_chunks, calls(name), cuts, share=0.2)
+    holds(backend, any_chunks, calls(backend, names), cuts)
 
 
-def any_tree(drawn: Drawn, cuts: list[int], rng: Any) -> None:
-    streamed, states = parts_of(drawn, cuts)
+def any_tree(backend: Backend, drawn: Drawn, cuts: list[int], rng: Any) -> None:
+    streamed, states = parts_of(backend, drawn, cuts)
     count = len(states)
     while len(states) > 1:
         a, b = (states.pop(rng.randrange(len(states))) for _ in range(2))
@@ -72,32 +111,58 @@ def any_tree(drawn: Drawn, cuts: list[int], rng: Any) -> None:
     sizes = [size for size, _ in states[0].levels]
     assert sizes == sorted(set(sizes), reverse=True)
     if states[0].passes == 1:
-        within(streaming.finish(states[0]), drawn, count)
+        within(backend.numpy(streaming.finish(states[0])), drawn, count)
 
 
-@pytest.mark.parametrize("name", SINGLE)
-def test_any_tree_of_merges_gives_the_result(name):
+@on_eager(*SINGLE)
+def test_any_tree_of_merges_gives_the_result(backend, names):
     """States of all chunks may be merged in any order and grouping."""
-    for_all(any_tree, calls(name), cuts, st.randoms(use_true_random=False), share=0.2)
+    holds(backend, any_tree, calls(backend, names), cuts, st.randoms(use_true_random=False))
 
 
-def permuted(drawn: Drawn, cuts: list[int], seed: int) -> None:
+def permuted(backend: Backend, drawn: Drawn, cuts: list[int], seed: int) -> None:
     order = np.random.default_rng(seed).permutation(drawn.size)
     moved = drawn.with_elements(drawn.arrays[drawn.elements][..., order, :])
     moved = moved if drawn.mask is None else moved.with_masks(mask=drawn.mask[..., order])
-    a, b = (streams.together(Streamed(each).result(cuts)) for each in (drawn, moved))
+    a, b = (result(backend, each, cuts) for each in (drawn, moved))
     _, bound = streams.reference(drawn, str(drawn.dtype), len(cuts) + 1)
     agree(a, b, 2 * bound, "permuted stream")
 
 
-@pytest.mark.parametrize("name", ["pma", "perceiver_resampler", "set_transformer"])
-def test_the_order_of_a_stream_does_not_matter(name):
+@on_eager("pma", "perceiver_resampler", "set_transformer")
+def test_the_order_of_a_stream_does_not_matter(backend, names):
     """A stream whose elements come in another order gives the same, up to rounding."""
-    for_all(permuted, calls(name, ladders=("normal",)), cuts, strategies.seeds, share=0.2)
+    holds(backend, permuted, calls(backend, names, ladders=("normal",)), cuts, strategies.seeds)
+
+
+def of_some_queries(backend: Backend, drawn: Drawn, cuts: list[int], at: int) -> None:
+    asking = drawn.arrays[0]
+    at = min(at, asking.shape[-2])
+    parts = [drawn.with_array(0, part) for part in (asking[..., :at, :], asking[..., at:, :])]
+    apart = np.concatenate([result(backend, part, cuts) for part in parts], axis=-2)
+    _, bound = streams.reference(drawn, str(drawn.dtype), len(cuts) + 1)
+    agree(result(backend, drawn, cuts), apart, 2 * bound, "queries apart")
+
+
+@on_eager(*ASKING)
+def test_queries_may_be_streamed_for_apart(backend, names):
+    """Some of the queries get the rows that they get together with the others."""
+    holds(backend, of_some_queries, calls(backend, names, ladders=("normal",)), cuts, st.integers(0, 11))
+
+
+def rows_of_a_context(backend: Backend, drawn: Drawn, cuts: list[int]) -> None:
+    streamed = streams.Asking(drawn, backend, str(drawn.dtype))
+    within(streams.together(streamed.result(cuts), backend.numpy), drawn, 1)
+
+
+@on_eager(*ASKING)
+def test_any_chunks_of_rows_give_the_rows(backend, names):
+    """The elements that ask a context in memory may come in any chunks."""
+    holds(backend, rows_of_a_context, calls(backend, names, of=streams.asks), cuts)
 
 
 def test_a_set_attention_block_of_chunks_is_another():
-    """Chunk by chunk, each element would see its own chunk alone: that is no stream of the block."""
+    """Chunk by chunk, each element would see its own chunk alone: that is no stream of the block (60)."""
     case = cases.make("sab")
     x, params = case.arrays[0][0], case.params
     chunks = [setattn.sab(part, params) for part in (x[:3], x[3:])]
@@ -106,75 +171,105 @@ def test_a_set_attention_block_of_chunks_is_another():
         streaming.create("sab", params)
 
 
-# --- the monoid (50, 51, 52), finishing (56), files --------------------
+# --- the monoid (50, 51, 52), finishing (56), files (57) --------------------
 
 
-def monoid(drawn: Drawn, cuts: list[int]) -> None:
-    _, states = parts_of(drawn, cuts)
+def monoid(backend: Backend, drawn: Drawn, cuts: list[int]) -> None:
+    def same_result(a: streaming.State, b: streaming.State) -> None:
+        x, y = (backend.numpy(streaming.finish(state)) for state in (a, b))
+        same(np.where(np.isnan(x), np.nan, x), np.where(np.isnan(y), np.nan, y))
+
+    streamed, states = parts_of(backend, drawn, cuts)
     a, b, c = states[0], states[len(states) // 2], states[-1]
-    empty = Streamed(drawn).create()
+    empty = streamed.create()
     same_result(streaming.merge(a, b), streaming.merge(b, a))
     for state in (streaming.merge(a, empty), streaming.merge(empty, a)):
         assert state.levels == a.levels
         same_result(state, a)
     same_result(streaming.merge(empty, empty), empty)
+    assert np.isfinite(backend.numpy(streaming.finish(empty))).all()
     left = streaming.merge(streaming.merge(a, b), c)
     right = streaming.merge(a, streaming.merge(b, c))
     if drawn.function != "isab":
-        x, y = streaming.finish(left), streaming.finish(right)
+        x, y = (backend.numpy(streaming.finish(state)) for state in (left, right))
         if np.isfinite(x).all():
-            agree(
-                x, y, np.full(x.shape, 64 * np.finfo(x.dtype).eps * max(1.0, np.abs(x).max(initial=0))), "associative"
-            )
-    again = streaming.finish(left)
-    same(streaming.finish(left), again)
-    streaming.update(left, *Streamed(drawn).chunk(0, 1)[:1])
-    same(streaming.finish(left), again)
+            scale = max(1.0, np.abs(x).max(initial=0))
+            agree(x, y, np.full(x.shape, 64 * np.finfo(x.dtype).eps * scale), "associative")
+    again = backend.numpy(streaming.finish(left))
+    same(backend.numpy(streaming.finish(left)), again)
+    streaming.update(left, *streamed.chunk(0, 1)[:1])
+    same(backend.numpy(streaming.finish(left)), again)
 
 
-def same_result(a: streaming.State, b: streaming.State) -> None:
-    x, y = streaming.finish(a), streaming.finish(b)
-    same(np.where(np.isnan(x), np.nan, x), np.where(np.isnan(y), np.nan, y))
-
-
-@pytest.mark.parametrize("name", SINGLE)
-def test_states_are_a_commutative_monoid(name):
+@on_eager(*SINGLE)
+def test_states_are_a_commutative_monoid(backend, names):
     """Merging commutes and has the empty state as its identity, bit for bit, and is associative up to rounding."""
-    for_all(monoid, calls(name, ladders=("normal",)), cuts, share=0.2)
+    holds(backend, monoid, calls(backend, names, ladders=("normal",)), cuts)
 
 
-def saved(drawn: Drawn, cuts: list[int], stop: int) -> None:
+def saved(backend: Backend, drawn: Drawn, cuts: list[int], stop: int) -> None:
     """Go on from a file at any chunk, and compare the bits with those of a stream that was not interrupted."""
-    streamed = Streamed(drawn)
+    streamed = stream(backend, drawn)
     chunks = streamed.chunks(cuts)
     stop = min(stop, len(chunks))
 
     def seen(state: streaming.State, interrupted: bool) -> streaming.State:
         for i, (x, mask) in enumerate(chunks):
             if interrupted and i == stop:
-                state = reloaded(state)
+                state = reloaded(backend, state)
             state = streaming.update(state, x, mask=mask)
         return state
 
     whole, parts = (
-        streams.together(streamed.all_passes(lambda state, i=i: seen(state, i), cuts)) for i in (False, True)
+        streams.together(streamed.all_passes(lambda state, i=i: seen(state, i), cuts), backend.numpy)
+        for i in (False, True)
     )
     same(parts, whole)
 
 
-def reloaded(state: streaming.State) -> streaming.State:
+def reloaded(backend: Backend, state: streaming.State) -> streaming.State:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "state.safetensors")
         streaming.save(path, state)
-        return streaming.load(path)
+        return streaming.load(path, xp=backend.xp, device=backend.target)
 
 
-@pytest.mark.parametrize("name", streams.FUNCTIONS)
-def test_a_reloaded_state_goes_on_bit_for_bit(name):
-    for_all(saved, calls(name), cuts, st.integers(0, 7), share=0.2)
+@on_eager(*streams.FUNCTIONS)
+def test_a_reloaded_state_goes_on_bit_for_bit(backend, names):
+    holds(backend, saved, calls(backend, names), cuts, st.integers(0, 7))
 
 
-# --- a machine --------------------
+def test_nothing_is_computed_while_a_stream_of_lazy_arrays_is_built():
+    """Updates, merges and finishing of Dask arrays add to a graph (55)."""
+    pytest.importorskip("dask")
+    backend, case = BACKENDS["dask"], cases.make("pma").rounded("float32")
+    streamed = Streamed(case, backend, "float32")
+    with backend.lazily():
+        empty = streamed.create()
+        a, b = (streaming.update(empty, x, mask=mask) for x, mask in streamed.chunks([3]))
+        y = streaming.finish(streaming.merge(a, b))
+    value, bound = streams.reference(case, "float32", 2)
+    tolerances.assert_close(backend.numpy(y), value, bound, "lazy stream")
+
+
+@pytest.mark.parametrize(
+    ("defect", "check"),
+    [
+        (defects.unscaled_merge, any_chunks),
+        (defects.dropped, any_chunks),
+        (defects.positional, permuted),
+        (defects.lopsided_merge, monoid),
+        (defects.unguarded_merge, any_chunks),
+        (defects.unscaled_merge, any_tree),
+        (defects.finite_fill, any_tree),
+    ],
+)
+def test_planted_defects_are_noticed(defect, check):
+    own = {permuted: [strategies.seeds], any_tree: [st.randoms(use_true_random=False)]}.get(check, [])
+    strategies.rejects(defect(), on(BACKENDS["numpy"], check), calls(BACKENDS["numpy"], "pma"), cuts, *own)
+
+
+# --- a machine (61) --------------------
 
 
 @functools.cache
@@ -221,10 +316,7 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.rule(target=states, state=states)
     def save(self, state: Any) -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "state.safetensors")
-            streaming.save(path, state[0])
-            return streaming.load(path, xp=self.backend.xp, device=self.backend.target), *state[1:]
+        return reloaded(self.backend, state[0]), *state[1:]
 
     @stateful.rule(state=states)
     def finish(self, state: Any) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import builtins
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
-import cases
+import h5py
 import numpy as np
 import pytest
 import strategies
 import tolerances
+import zarr
 from strategies import same
 
 import setattn
@@ -19,20 +24,39 @@ one_thread = strategies.one_thread
 
 PARAMS = setattn.init_pma(8, num_heads=2, num_seeds=3, rng=0)
 DEEP = setattn.init_set_transformer(8, 16, 4, num_heads=4, num_inducing=5, num_encoders=2, rng=0)
+MAB = setattn.init_mab(8, num_heads=2, rng=0)
 X = np.random.default_rng(1).normal(size=(2, 50, 8)).astype(np.float32)
 MASK = np.random.default_rng(2).random((2, 50)) < 0.7
 BYTES = 2 * 8 * 4 * 10  # of ten elements of both sets
 
 
-class OnDisk:
-    """What the arrays of zarr and h5py have in common."""
+class Watched:
+    """An array on disk that notes which elements it is asked for."""
 
-    def __init__(self, a, chunks):
-        self._a, self.shape, self.dtype, self.chunks, self.asked = a, a.shape, a.dtype, chunks, []
+    def __init__(self, a):
+        self._a, self.shape, self.dtype, self.chunks, self.asked = a, a.shape, a.dtype, a.chunks, []
 
     def __getitem__(self, key):
-        self.asked.append(key[1 if len(key) > 1 else 0])
+        self.asked.append((key[1].start, key[1].stop))
         return self._a[key]
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """Write arrays to disk as zarr or h5py does, in chunks or, in HDF5 alone, in none."""
+    with h5py.File(tmp_path / "arrays.h5", "w") as file:
+
+        def write(kind, a, chunks):
+            name, grown = f"{kind}{len(made)}", (None,) * a.ndim if chunks else None
+            if kind == "zarr":
+                made.append(zarr.create_array(tmp_path / f"{name}.zarr", shape=a.shape, dtype=a.dtype, chunks=chunks))
+            else:
+                made.append(file.create_dataset(name, a.shape, a.dtype, chunks=chunks, maxshape=grown))
+            made[-1][...] = a
+            return made[-1]
+
+        made = []
+        yield write
 
 
 def close(y, want):
@@ -43,7 +67,7 @@ def pieces():
     return [X[:, i : i + 10] for i in range(0, 50, 10)]
 
 
-def sources(folder):
+def sources(folder, on_disk):
     np.save(folder / "x.npy", X)
     np.save(folder / "f.npy", np.asfortranarray(X))
     np.save(folder / "big.npy", X.astype(">f4"))
@@ -63,18 +87,20 @@ def sources(folder):
         "files of a function": lambda: (str(folder / f"{i}.npy") for i in range(5)),
         "map": np.load(folder / "x.npy", mmap_mode="r"),
         "maps": [np.load(folder / f"{i}.npy", mmap_mode="r") for i in range(5)],
-        "chunks on disk": OnDisk(X, (1, 10, 8)),
-        "no chunks on disk": OnDisk(X, None),
+        "zarr": on_disk("zarr", X, (1, 10, 8)),
+        "zarr in parts": [on_disk("zarr", part, (2, 5, 4)) for part in pieces()],
+        "HDF5": on_disk("HDF5", X, (2, 5, 8)),
+        "HDF5 without chunks": on_disk("HDF5", X, None),
     }
 
 
 @pytest.mark.parametrize("function", ["pma", "set_transformer"])
-def test_every_source(tmp_path, function):
+def test_every_source(tmp_path, on_disk, function):
     """All sources of the same chunks give the same bits."""
     params = PARAMS if function == "pma" else DEEP
     want = getattr(setattn, function)(X, params)
     first = None
-    for name, source in sources(tmp_path).items():
+    for name, source in sources(tmp_path, on_disk).items():
         y = streaming.fold(function, params, source, chunk_bytes=BYTES)
         close(y, want)
         first = y if first is None else first
@@ -82,16 +108,18 @@ def test_every_source(tmp_path, function):
         same(y, first)
 
 
-@pytest.mark.parametrize("kind", ["array", "file", "on disk", "pairs"])
-def test_masks(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["array", "file", "zarr", "HDF5", "pairs", "pairs on disk"])
+def test_masks(tmp_path, on_disk, kind):
     x = np.where(MASK[..., None], X, np.nan)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "m.npy", MASK)
     source, mask = {
         "array": (x, MASK),
         "file": (tmp_path / "x.npy", tmp_path / "m.npy"),
-        "on disk": (OnDisk(x, (2, 7, 8)), OnDisk(MASK, (2, 7))),
+        "zarr": (on_disk("zarr", x, (2, 7, 8)), on_disk("zarr", MASK, (2, 7))),
+        "HDF5": (on_disk("HDF5", x, (2, 7, 8)), on_disk("HDF5", MASK, (2, 9))),
         "pairs": ([(x[:, :30], MASK[:, :30]), (x[:, 30:], MASK[:, 30:])], None),
+        "pairs on disk": ([(on_disk("zarr", x, (2, 7, 8)), on_disk("HDF5", MASK, None))], None),
     }[kind]
     close(
         streaming.fold("set_transformer", DEEP, source, mask=mask, chunk_bytes=BYTES),
@@ -99,13 +127,14 @@ def test_masks(tmp_path, kind):
     )
 
 
-def test_chunks_on_disk_are_read_whole():
-    source = OnDisk(X, (1, 7, 8))
+@pytest.mark.parametrize("kind", ["zarr", "HDF5"])
+def test_chunks_on_disk_are_read_whole(on_disk, kind):
+    source = Watched(on_disk(kind, X, (1, 7, 8)))
     streaming.fold("pma", PARAMS, source, chunk_bytes=BYTES * 2)
-    assert [(cut.start, cut.stop) for cut in source.asked] == [(0, 14), (14, 28), (28, 42), (42, 50)]
-    source = OnDisk(X, (1, 20, 8))
+    assert source.asked == [(0, 14), (14, 28), (28, 42), (42, 50)]
+    source = Watched(on_disk(kind, X, (1, 20, 8)))
     streaming.fold("pma", PARAMS, source, chunk_bytes=1)
-    assert [(cut.start, cut.stop) for cut in source.asked] == [(0, 20), (20, 40), (40, 50)]
+    assert source.asked == [(0, 20), (20, 40), (40, 50)]
 
 
 def test_a_file_goes_to_the_library_of_the_parameters(tmp_path):
@@ -132,8 +161,8 @@ def test_nothing_is_the_empty_set(empty):
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["iterator", "array", "map", "on disk"])
-def test_rows(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["iterator", "array", "map", "zarr", "HDF5"])
+def test_rows(tmp_path, on_disk, kind):
     params = setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0)
     want = setattn.isab(X, params, mask=MASK)
     if kind == "iterator":
@@ -144,10 +173,36 @@ def test_rows(tmp_path, kind):
         out = np.empty_like(X)
         if kind == "map":
             out = np.lib.format.open_memmap(tmp_path / "y.npy", "w+", X.dtype, X.shape)
+        elif kind != "array":
+            out = on_disk(kind, out, (2, 20, 8))
         y = streaming.transform("isab", params, X, mask=MASK, out=out, chunk_bytes=BYTES)
         assert y is out
-    close(np.asarray(y), want)
-    assert not np.asarray(y)[~MASK].any()
+    close(np.asarray(y[...]), want)
+    assert not np.asarray(y[...])[~MASK].any()
+
+
+def test_rows_of_a_context(tmp_path):
+    """Rows that attend to a context in memory are made in one pass, in which a generator will do."""
+    want = setattn.mab(X, X[:, ::-1][:, :7], MAB, query_mask=MASK, mask=MASK[:, :7])
+    given = {"context": X[:, ::-1][:, :7], "context_mask": MASK[:, :7]}
+    pairs = ((X[:, i : i + 10], MASK[:, i : i + 10]) for i in range(0, 50, 10))
+    close(np.concatenate(list(streaming.transform("mab", MAB, pairs, **given)), axis=1), want)
+    np.save(tmp_path / "x.npy", X)
+    out = np.empty_like(X)
+    y = streaming.transform("mab", MAB, tmp_path / "x.npy", mask=MASK, out=out, chunk_bytes=BYTES, **given)
+    assert y is out
+    close(out, want)
+    state = streaming.create("mab", MAB, batch=(2,), **given)
+    assert (state.passes, repr(state)) == (1, "<setattn.streaming.State mab, batch (2,), 0 elements in 0 chunks>")
+    streaming.save(tmp_path / "state.safetensors", state)
+    state, part = streaming.rows(streaming.load(tmp_path / "state.safetensors"), X[:, :9], mask=MASK[:, :9])
+    close(part, want[:, :9])
+    with pytest.raises(setattn.OptionError, match=r"one of rows that attend to a context; wanted .* see rows\(\)"):
+        streaming.finish(state)
+    with pytest.raises(setattn.ParameterError, match=r"'b\.context' is of other numbers"):
+        streaming.merge(state, streaming.create("mab", MAB, batch=(2,), **(given | {"context": X[:, 1:8]})))
+    with pytest.raises(setattn.ShapeError, match=r"chunk 1' has shape \(2, 10, 7\); wanted \(2, n, 8\)"):
+        list(streaming.transform("mab", MAB, [X, X[:, :10, :7]], **given))
 
 
 def test_rows_need_room():
@@ -157,7 +212,7 @@ def test_rows_need_room():
             streaming.transform("isab", params, X, out=np.empty(shape, np.float32), chunk_bytes=BYTES)
     with pytest.raises(setattn.ShapeError, match="wanted 50 rows"):
         streaming.transform("isab", params, pieces(), out=np.empty((2, 60, 8), np.float32))
-    with pytest.raises(setattn.OptionError, match="transform: argument 'function' is 'pma'; wanted 'isab', or"):
+    with pytest.raises(setattn.OptionError, match="transform: argument 'function' is 'pma'; wanted one with a row"):
         streaming.transform("pma", PARAMS, X)
 
 
@@ -209,7 +264,7 @@ def test_a_source_is_the_same_in_every_pass():
     refuses(streaming.SourceError, words, lambda: exhausted, "set_transformer", DEEP)
 
 
-def test_the_error_names_the_chunk():
+def test_the_error_names_the_chunk(on_disk):
     a, b = X[:, :10], X[:, 10:]
     refuses(setattn.ShapeError, "chunk 1' has shape (2, 40, 7); wanted (2, n, 8)", [a, b[..., :7]])
     refuses(setattn.ShapeError, "chunk 1' has shape (1, 40, 8); wanted (2, n, 8)", [a, b[:1]])
@@ -219,7 +274,8 @@ def test_the_error_names_the_chunk():
     refuses(setattn.NamespaceError, "chunk 1' is a list; wanted an array of numpy", [a, b.tolist()])
     refuses(setattn.MaskError, "mask of chunk 1' has shape (2, 50); wanted (2, 40)", [(a, None), (b, MASK)])
     refuses(setattn.DTypeError, "mask of chunk 0' has dtype float64; wanted bool", [(a, np.ones((2, 10)))])
-    refuses(setattn.DTypeError, "chunk 0' has dtype float64; wanted float32", OnDisk(X.astype(float), None))
+    x = on_disk("zarr", X.astype(float), (2, 50, 8))
+    refuses(setattn.DTypeError, "chunk 0' has dtype float64; wanted float32", x)
 
 
 def test_another_library_half_way():
@@ -279,13 +335,14 @@ def test_files_must_not_change(tmp_path, mapped, change):
     assert words in str(raised.value)
 
 
-def test_arrays_on_disk_must_not_change():
-    source = OnDisk(X, None)
+@pytest.mark.parametrize("kind", ["zarr", "HDF5"])
+def test_arrays_on_disk_must_not_change(on_disk, kind):
+    source = on_disk(kind, X, (2, 10, 8))
     rows = streaming.transform(
         "isab", setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0), source, chunk_bytes=BYTES
     )
     next(rows)
-    source.shape = (2, 60, 8)
+    source.resize((2, 60, 8))
     with pytest.raises(streaming.SourceError, match=r"stays of shape .* until chunk 1"):
         list(rows)
 
@@ -330,6 +387,58 @@ def test_a_killed_fold_goes_on_to_the_same_bits(tmp_path, stop):
     refuses(
         setattn.ParameterError, "'checkpoint' is a state of set_transformer; wanted one of pma", pieces(), **options
     )
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np, setattn
+from setattn import streaming
+
+read, saved = 0, 0
+folder, kill, instant = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def count(n, what):
+    if what == kill and n == instant:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n + 1
+
+def source():
+    global read
+    for i in range(0, 50, 10):
+        read = count(read, "reading")
+        yield np.load(folder / "x.npy")[:, i : i + 10]
+
+true = Path.replace
+def replace(path, target):
+    global saved
+    saved = count(saved, "saving")
+    return true(path, target)
+Path.replace = replace
+
+params = setattn.load(folder / "own.safetensors").params
+streaming.fold("set_transformer", params, source, checkpoint=folder / "state.safetensors", checkpoint_every=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
+@pytest.mark.parametrize("instant", ["reading 0", "reading 3", "reading 9", "reading 13", "saving 4"])
+def test_a_process_that_is_killed(tmp_path, instant):
+    """A real one, by SIGKILL, in any pass or while it saves its state; another one goes on to the same bits."""
+    np.save(tmp_path / "x.npy", X)
+    setattn.save(tmp_path / "own.safetensors", setattn.Block("set_transformer", DEEP))
+    call = [sys.executable, "-c", KILLED, str(tmp_path), *instant.split()]
+    environment = {**os.environ, "PYTHONPATH": str(Path(setattn.__file__).parents[1])}
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    path = tmp_path / "state.safetensors"
+    saved = {"reading 3": (0, 20), "reading 9": (1, 40), "reading 13": (2, 20), "saving 4": (1, 20)}.get(instant)
+    assert path.exists() == (saved is not None)
+    if saved:
+        state = streaming.load(path)
+        assert (state.current_pass, state.elements) == saved
+    y = streaming.fold("set_transformer", DEEP, pieces(), checkpoint=path)
+    same(y, streaming.fold("set_transformer", DEEP, pieces()))
 
 
 def test_progress(capsys, monkeypatch):
@@ -440,15 +549,28 @@ def test_what_cannot_be_streamed():
             setattn.ParameterError,
             "params.frame_embedding' is there; wanted ()",
         ),
-        (
-            ("perceiver_resampler", cases.make("perceiver_resampler-ip-adapter-mean").params),
-            {},
-            setattn.ParameterError,
-            "params.mean_latents' is there; wanted (), as the mean of all elements",
-        ),
         ((setattn.sab, PARAMS), {}, setattn.OptionError, "'function' is 'sab'; wanted one of 'attention'"),
         (("cross_attention", PARAMS), {}, setattn.OptionError, "'queries' is None; wanted an array, the first one of"),
         (("pma", PARAMS), {"queries": X}, setattn.OptionError, "'queries' is given; wanted None, as pma has its"),
+        (
+            ("pma", PARAMS),
+            {"context": X},
+            setattn.OptionError,
+            "'context' is given; wanted None, as nothing but the stream is attended to in pma",
+        ),
+        (
+            ("mab", MAB),
+            {"queries": X, "context": X},
+            setattn.OptionError,
+            "'context' is given; wanted None beside queries",
+        ),
+        (
+            ("mab", MAB),
+            {"queries": X, "context_mask": MASK},
+            setattn.OptionError,
+            "'context_mask' is given; wanted None without a context",
+        ),
+        (("mab", MAB), {"context": X[..., :7]}, setattn.ShapeError, "mab: argument 'y' has shape (2, 50, 7)"),
         (("pma", PARAMS), {"mask": X}, setattn.OptionError, "'mask' is given; wanted it with each chunk"),
         (("pma", PARAMS), {"batch": 3}, setattn.OptionError, "'batch' is 3; wanted a sequence of integers"),
         (("pma", PARAMS), {"first": -1}, setattn.OptionError, "'first' is -1; wanted an integer of at least 0"),

@@ -14,22 +14,24 @@ import numpy as np
 
 import setattn
 from setattn._commands._backends import BACKENDS, load_backend
+from setattn._commands._chunks import in_chunks
 from setattn._commands._errors import CommandError, first_line, whole_number
 from setattn._commands._files import check_another, check_writable
 from setattn._commands._stream import (
     Given,
-    NDArray,
+    Part,
+    Work,
     arguments_of,
     check_options,
     default_batch,
     give,
     give_mask,
-    number_of_sets,
-    results,
+    in_parts,
 )
 from setattn._commands._weights import add_file, add_options, in_words, load_block
 from setattn._errors import ArgumentError
 from setattn._files import whole_file
+from setattn._typing import Shape
 from setattn.checkpoints._block import Block
 
 
@@ -39,9 +41,10 @@ def add_command(commands: Any) -> None:
         "run",
         help="run a block from a file of weights on arrays",
         description="Load a block and call it with the array in INPUT. The batch, INPUT's first axis, is worked "
-        "through in parts: neither INPUT nor OUTPUT is ever in memory as a whole. OUTPUT is written beside its place "
-        "and moved there when it is whole: a run that fails or is stopped leaves nothing. (Only one that is killed by "
-        "SIGKILL leaves its unfinished file, hidden, as .OUTPUT.*.part.)",
+        "through in parts, and so are the elements of a set of more than 64 MB, if the block allows it: neither INPUT "
+        "nor OUTPUT is ever in memory as a whole. OUTPUT is written beside its place and moved there when it is whole: "
+        "a run that fails or is stopped leaves nothing. (Only one that is killed by SIGKILL leaves an unfinished file, "
+        "hidden, as .OUTPUT.*.part.)",
         epilog="example: python -m setattn run model.safetensors patches.npy pooled.npy --layout siglip "
         "--prefix vision_model.head. --option num_heads=16",
     )
@@ -83,15 +86,18 @@ def run(args: argparse.Namespace) -> int:
         except ArgumentError as error:
             raise CommandError(in_words(error, {"params": f"FILE {args.file}"})) from error
         _print_what(args, block, arrays, f"{args.backend} {version}")
-        batch = args.batch or default_batch(arrays)
-        parts = results(Block(block.function, params, block.options), arrays, batch, xp)
-        shape, dtype, odd = _write(out, args.output, _guarded(parts, args.backend), number_of_sets(arrays))
+        there = Block(block.function, params, block.options)
+        work = in_chunks(there, arrays, xp, lazy=args.backend == "dask")
+        work = work or in_parts(there, arrays, args.batch or default_batch(arrays), xp)
+        if work.about:
+            print(work.about, flush=True)
+        shape, dtype, odd = _write(out, args.output, work, args.backend)
     except CommandError as error:
         print(f"python -m setattn run: {error}", file=sys.stderr)
         return 2
     print(f"output   {args.output}: {shape} {dtype}")
     if odd:
-        print(f"note     {odd} of {max(number_of_sets(arrays) or 1, 1)} results hold numbers that are not finite")
+        print(f"note     {odd} of {work.results} results hold numbers that are not finite")
     return 0
 
 
@@ -119,13 +125,13 @@ def _print_what(args: argparse.Namespace, block: Block, arrays: list[Given], bac
         print(f"input    {g.name.partition(' ')[2]}: {g.array.shape} {g.array.dtype}", flush=True)
 
 
-def _guarded(parts: Iterator[NDArray], backend: str) -> Iterator[NDArray]:
+def _guarded(parts: Iterator[Part], work: Work, backend: str) -> Iterator[Part]:
     """Say in one line what a library fails at while it computes."""
     while True:
         try:
             part = next(parts, None)
         except MemoryError as error:
-            raise CommandError("not enough memory; wanted a smaller --batch") from error
+            raise CommandError(work.where_memory_ends) from error
         except RuntimeError as error:  # of a GPU, out of memory
             if backend == "numpy":
                 raise
@@ -135,25 +141,23 @@ def _guarded(parts: Iterator[NDArray], backend: str) -> Iterator[NDArray]:
         yield part
 
 
-def _write(out: Path, name: Path, parts: Iterator[NDArray], sets: int | None) -> tuple[tuple[int, ...], str, int]:
-    """Write the parts of an array, one after another, and count the sets with numbers that are not finite."""
-    first = next(parts)  # what does not fit is refused here, before there is a file
-    shape = first.shape if sets is None else (sets, *first.shape[1:])
-    about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+def _write(out: Path, name: Path, work: Work, backend: str) -> tuple[Shape, str, int]:
+    """Write the parts of an array, one after another, and count the results with numbers that are not finite."""
     odd = 0
-    try:
-        with whole_file(out) as part, part.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, about)
-            with _bar(sets) as bar:
+    with _bar(work) as bar:
+        parts = _guarded(work.parts(bar.update), work, backend)
+        first = next(parts)  # what does not fit is refused here, before there is a file
+        shape, dtype = work.shape(first.array.shape), first.array.dtype
+        about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        try:
+            with whole_file(out) as part, part.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, about)
                 for result in itertools.chain([first], parts):
-                    finite = np.isfinite(result)
-                    odd += int(np.count_nonzero(~finite.reshape(len(result), -1).all(axis=1))) if sets else 0
-                    odd += int(sets is None and not finite.all())
-                    file.write(np.ascontiguousarray(result).data)
-                    bar.update(len(result) if sets is not None else 1)
-    except OSError as error:
-        raise CommandError(f"cannot write {name}: {error.strerror}") from error
-    return shape, str(first.dtype), odd
+                    odd += result.odd
+                    file.write(np.ascontiguousarray(result.array).data)
+        except OSError as error:
+            raise CommandError(f"cannot write {name}: {error.strerror}") from error
+    return shape, str(dtype), odd
 
 
 class _NoBar(contextlib.AbstractContextManager["_NoBar"]):
@@ -164,10 +168,10 @@ class _NoBar(contextlib.AbstractContextManager["_NoBar"]):
         """Show nothing."""
 
 
-def _bar(sets: int | None) -> Any:
+def _bar(work: Work) -> Any:
     """Return a progress bar, which shows itself on a terminal alone, where the package for it is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
         return _NoBar()
-    return tqdm(total=1 if sets is None else sets, unit="set", leave=False, disable=None)
+    return tqdm(total=work.total, unit=work.unit, unit_scale=work.unit != "set", leave=False, disable=None)

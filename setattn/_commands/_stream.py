@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from setattn._commands._weights import in_words
 from setattn._errors import ArgumentError
 from setattn._params import is_absent, map_params
 from setattn._structure import token_table
-from setattn._typing import Namespace
+from setattn._typing import Namespace, Shape
 from setattn.checkpoints._block import Block
+from setattn.streaming._files import SourceError, Watched
 
-_PART_BYTES = 1 << 24  # of the inputs of a part, where nothing else is asked for
+PART_BYTES = 1 << 24  # of the inputs of a part, where nothing else is asked for
 _LARGEST_TOKEN = 2**31 - 1
 
 NDArray = np.ndarray[Any, Any]
@@ -32,15 +34,51 @@ class Given(NamedTuple):
     array: NDArray
     axes: int  # it has for one set
     dtype: np.dtype[Any]  # it is computed in
+    watched: Watched | None = None
 
     @property
     def is_batched(self) -> bool:
         """Say whether it has an axis to be cut."""
         return self.array.ndim > self.axes
 
+    @property
+    def sets(self) -> tuple[int, ...]:
+        """The shape of its batch."""
+        shape: Shape = self.array.shape
+        return shape[: len(shape) - self.axes]
+
+    @property
+    def set_shape(self) -> tuple[int, ...]:
+        """The shape of one set."""
+        shape: Shape = self.array.shape
+        return shape[len(shape) - self.axes :]
+
+    @property
+    def set_bytes(self) -> int:
+        """How much of memory one set takes."""
+        return math.prod(self.set_shape) * self.dtype.itemsize
+
     def part(self, cut: slice) -> NDArray:
         """Copy a part of it, or all if there is nothing to be cut."""
-        a = self.array[cut] if self.is_batched else self.array
+        return self.read(cut if self.is_batched else ...)
+
+    def read(self, *keys: Any) -> NDArray:
+        """Copy what is left of it after some indices; the file is mapped anew, so that no pages of it pile up.
+
+        Raises
+        ------
+        CommandError
+            If the file has changed since it was opened.
+        """
+        a = self.array
+        if self.watched is not None:
+            try:
+                self.watched.check(0)
+            except SourceError as error:
+                raise CommandError(f"{self.name} has changed while it was read") from error
+            a = np.lib.format.open_memmap(self.watched.path, mode="r")
+        for key in keys:
+            a = a[key]
         if self.dtype.kind == "i":  # a token that is too large for some libraries is in no table
             a = np.where((a < 0) | (a > _LARGEST_TOKEN), -1, a)
         with np.errstate(all="ignore"):
@@ -121,18 +159,19 @@ def give(block: Block, position: int, path: Path, name: str, *, convert: bool) -
         If it cannot be read, or has another dtype and is not to be converted.
     """
     array, argument = open_array(path, name), arguments_of(block)[0][position]
+    watched = Watched("run", path)
     axes, kind, wanted = axes_of(block, position), array.dtype.kind, dtype_of(block, array.dtype)
     if axes == 1:
         if kind not in "iu":
             raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted integers, the rows of a table of tokens")
-        return Given(argument, f"{name} {path}", array, axes, np.dtype(np.int32))
+        return Given(argument, f"{name} {path}", array, axes, np.dtype(np.int32), watched)
     if kind == "b" or wanted.kind != "f":
         real = f"{wanted}, as the weights have" if wanted.kind == "f" else "floating numbers"
         raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted {real}")
     if array.dtype.newbyteorder("=") != wanted and not convert:
         hint = f"{wanted}, as the weights have, or --dtype {wanted} to convert it"
         raise CommandError(f"{name} {path} has dtype {array.dtype}; wanted {hint}")
-    return Given(argument, f"{name} {path}", array, axes, wanted)
+    return Given(argument, f"{name} {path}", array, axes, wanted, watched)
 
 
 def give_mask(block: Block, inputs: list[Given], path: Path) -> Given:
@@ -151,10 +190,51 @@ def give_mask(block: Block, inputs: list[Given], path: Path) -> Given:
         raise CommandError(f"--mask {path} has dtype {array.dtype}; wanted {wanted}")
     of = inputs[0] if block.function == "perceiver_io" else inputs[-1]
     axes = of.axes if of.dtype.kind == "i" else of.axes - 1
-    return Given("mask", f"--mask {path}", array, axes, np.dtype(bool))
+    return Given("mask", f"--mask {path}", array, axes, np.dtype(bool), Watched("run", path))
 
 
 # --- calling it -----------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A part of the result, as an array of NumPy."""
+
+    array: NDArray
+    odd: int  # results that are seen here, for the first time, to hold numbers that are not finite
+
+
+class Work(NamedTuple):
+    """All that is to be computed."""
+
+    parts: Callable[[Callable[[int], object]], Iterator[Part]]  # tells what it has seen to a function
+    shape: Callable[[Shape], Shape]  # of the result, by that of its first part
+    results: int
+    total: int  # that will be seen
+    unit: str
+    where_memory_ends: str  # what is said there
+    about: str = ""  # a line for the user
+
+
+def in_parts(block: Block, arrays: list[Given], batch: int, xp: Namespace) -> Work:
+    """Return the work on whole sets, some of the batch at a time."""
+    sets = number_of_sets(arrays)
+
+    def parts(seen: Callable[[int], object]) -> Iterator[Part]:
+        for result in results(block, arrays, batch, xp):
+            rows = result if sets is not None else result[None]
+            yield Part(result, int(np.count_nonzero(~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim))))))
+            seen(len(rows))
+
+    count = 1 if sets is None else sets
+    smaller = "; wanted a smaller --batch" if min(batch, count) > 1 else " for one set"
+    return Work(
+        parts,
+        lambda part: part if sets is None else (sets, *part[1:]),
+        max(count, 1),
+        count,
+        "set",
+        f"not enough memory{smaller}",
+    )
 
 
 def number_of_sets(arrays: list[Given]) -> int | None:
@@ -165,7 +245,7 @@ def number_of_sets(arrays: list[Given]) -> int | None:
 def default_batch(arrays: list[Given]) -> int:
     """Return how many sets make a part that is not large."""
     one = sum(int(g.array[:1].size) * g.dtype.itemsize for g in arrays if g.is_batched)
-    return max(1, _PART_BYTES // max(one, 1))
+    return max(1, PART_BYTES // max(one, 1))
 
 
 def results(block: Block, arrays: list[Given], batch: int, xp: Namespace) -> Iterator[NDArray]:
@@ -178,14 +258,14 @@ def results(block: Block, arrays: list[Given], batch: int, xp: Namespace) -> Ite
     """
     sets = number_of_sets(arrays)
     if any(g.is_batched and g.array.shape[0] != sets for g in arrays):
-        raise _refusal(block, arrays, None)
+        raise refusal(block, arrays, None)
     for start in range(0, max(sets or 0, 1), batch):
         parts = [g.part(slice(start, start + batch)) for g in arrays]
         try:
             with np.errstate(all="ignore"):  # what is not finite is counted when it is there
                 yield setattn.convert_params(_call(block, arrays, [xp.asarray(a) for a in parts]), np)
         except ArgumentError as error:
-            raise _refusal(block, arrays, error) from error
+            raise refusal(block, arrays, error) from error
 
 
 def _call(block: Block, arrays: list[Given], parts: list[Any]) -> Any:
@@ -195,7 +275,7 @@ def _call(block: Block, arrays: list[Given], parts: list[Any]) -> Any:
     return block(*given.values()) if mask is None else block(*given.values(), mask=mask)
 
 
-def _refusal(block: Block, arrays: list[Given], error: ArgumentError | None) -> CommandError:
+def refusal(block: Block, arrays: list[Given], error: ArgumentError | None) -> CommandError:
     """Make the error of the whole arrays, whose shapes a user knows: shapes are checked before any number is looked at.
 
     What stands for them has their shapes and takes no memory.

@@ -25,7 +25,7 @@ class Watched:
     """A file whose size and time of change must stay what they are."""
 
     def __init__(self, caller: str, path: Path) -> None:
-        self._caller, self._path = caller, path
+        self._caller, self.path = caller, path
         self._is = self._look("a file that can be read")
 
     def check(self, number: int) -> None:
@@ -34,13 +34,13 @@ class Watched:
         if found != self._is:
             how = "another time of change" if found[0] == self._is[0] else f"{found[0]} bytes, not {self._is[0]}"
             wanted = f"a file that stays as it is; it had changed by chunk {number}"
-            raise SourceError(self._caller, "source", f"{self._path.name!r} with {how}", wanted)
+            raise SourceError(self._caller, "source", f"{self.path.name!r} with {how}", wanted)
 
     def _look(self, wanted: str) -> tuple[int, int]:
         try:
-            about = self._path.stat()
+            about = self.path.stat()
         except OSError as error:
-            raise SourceError(self._caller, "source", repr(str(self._path)), f"{wanted}: {error.strerror}") from error
+            raise SourceError(self._caller, "source", repr(str(self.path)), f"{wanted}: {error.strerror}") from error
         return about.st_size, about.st_mtime_ns
 
 

@@ -18,6 +18,7 @@ from setattn.streaming._functions import advance, finish, rows, update
 from setattn.streaming._save import load, save
 from setattn.streaming._sources import Source, Target, open_source
 from setattn.streaming._stream import State, check_same_stream, create_for
+from setattn.streaming._work import Beside
 
 
 def fold(
@@ -89,7 +90,7 @@ def fold(
     >>> bool(np.allclose(y, setattn.set_transformer(x, params), atol=1e-5))
     True
     """
-    run = _Run("fold", function, params, source, mask, queries, batch, length, chunk_bytes, options)
+    run = _Run("fold", function, params, source, mask, Beside(queries), batch, length, chunk_bytes, options)
     check.switch("fold", "progress", progress)
     check.integer("fold", "checkpoint_every", checkpoint_every)
     last = run.state._work.passes.attentions
@@ -117,6 +118,8 @@ def transform(
     /,
     *,
     mask: Any = None,
+    context: Array | None = None,
+    context_mask: Array | None = None,
     batch: Sequence[int] | None = None,
     length: int | Array | None = None,
     out: Any = None,
@@ -129,12 +132,14 @@ def transform(
     Parameters
     ----------
     function : str or function
-        ``"isab"``, or ``"perceiver_io"`` with its inputs as queries. (Rows that attend to a context in memory need no
-        stream: call ``setattn.mab(chunk, context, params)`` for each chunk.)
+        ``"isab"``, ``"perceiver_io"`` with its inputs as queries, or ``"attention"``, ``"cross_attention"`` or
+        ``"mab"`` from each element to a context in memory.
     params, mask, batch, length, chunk_bytes, progress, **options
         As for :func:`fold`.
     source
-        As for :func:`fold`; it is gone through at least twice.
+        As for :func:`fold`; it is gone through at least twice, but once with a ``context``.
+    context, context_mask
+        As for :func:`create`: what the elements attend to.
     out : array, optional
         What the rows are written to, ``(..., n, dim)``: an array of NumPy, a memory map, or one on disk that slices can
         be assigned to.
@@ -162,11 +167,12 @@ def transform(
     >>> bool(np.allclose(y, setattn.isab(x, params), atol=1e-5))
     True
     """
-    run = _Run("transform", function, params, source, mask, None, batch, length, chunk_bytes, options)
+    beside = Beside(context=context, context_mask=context_mask)
+    run = _Run("transform", function, params, source, mask, beside, batch, length, chunk_bytes, options)
     check.switch("transform", "progress", progress)
     passes = run.state._work.passes
     if passes.rows is None:
-        wanted = "'isab', or 'perceiver_io' with its inputs as queries, which have a row for each element; else fold()"
+        wanted = "one with a row for each element: 'isab', 'perceiver_io' with its inputs as queries; else fold()"
         raise OptionError("transform", "function", repr(run.state.function), wanted)
     run.check_repeatable(len(passes.attentions) + 1)
     parts = run.rows(progress)
@@ -196,7 +202,7 @@ class _Run:
         params: Any,
         source: Any,
         mask: Any,
-        queries: Array | None,
+        beside: Beside,
         batch: Sequence[int] | None,
         length: int | Array | None,
         chunk_bytes: int,
@@ -206,7 +212,7 @@ class _Run:
         self.caller = caller
 
         def create(batch: Sequence[int], length: Any) -> State:
-            return create_for(caller, function, params, queries, batch, 0, length, options)
+            return create_for(caller, function, params, beside, batch, 0, length, options)
 
         # The lengths may belong to a batch that is not known yet: this state only says what the parameters are.
         work = create(() if batch is None else batch, 0)._work
@@ -265,9 +271,9 @@ class _Run:
         """Go through the rows of the last pass."""
         passes = len(self.state._work.passes.attentions)
         with _bar(self, passes + 1, progress) as seen:
-            state = advance(self.to_pass(passes - 1, self.state, seen))
+            state = advance(self.to_pass(passes - 1, self.state, seen)) if passes else self.state
             for elements, mask in self._unseen(state, seen):
-                state, part = rows(state, elements, mask=mask)
+                state, part = rows(self._with_batch(state, elements), elements, mask=mask)
                 yield part
             self._check_end(state)
 

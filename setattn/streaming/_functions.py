@@ -21,7 +21,7 @@ from setattn.streaming._stream import (
     part_of,
     result_of,
 )
-from setattn.streaming._work import check_chunk
+from setattn.streaming._work import Beside, check_chunk
 
 
 def create(
@@ -30,6 +30,8 @@ def create(
     /,
     *,
     queries: Array | None = None,
+    context: Array | None = None,
+    context_mask: Array | None = None,
     batch: Sequence[int] = (),
     first: int = 0,
     length: int | Array | None = None,
@@ -48,6 +50,11 @@ def create(
     queries : array, shape (..., m, dim), optional
         What asks, where that is no part of the parameters: the first array of ``attention``, ``cross_attention`` and
         ``mab``, the queries of ``perceiver_io``.
+    context : array, shape (..., n, dim), optional
+        In place of ``queries``, what the elements themselves attend to: the second array of ``attention``,
+        ``cross_attention`` and ``mab``. The stream then has one pass, through its :func:`rows`.
+    context_mask : array of bool, shape (..., n), optional
+        True where an element of the context takes part.
     batch : sequence of int, default ()
         The batch of sets that each chunk has a part of.
     first : int, default 0
@@ -84,7 +91,8 @@ def create(
     >>> setattn.streaming.finish(state).shape
     (4, 2, 8)
     """
-    return create_for("create", function, params, queries, batch, first, length, options)
+    beside = Beside(queries, context, context_mask)
+    return create_for("create", function, params, beside, batch, first, length, options)
 
 
 def update(state: State, chunk: Array, /, *, mask: Array | None = None) -> State:
@@ -251,6 +259,8 @@ def finish(state: State, /) -> Array:
     """
     is_state("finish", "state", state)
     now, last = state.current_pass + 1, len(state._work.passes.attentions)
+    if last == 0:
+        raise OptionError("finish", "state", "one of rows that attend to a context", "the rows themselves: see rows()")
     if now != last:
         raise OptionError("finish", "state", f"in pass {now} of {state.passes}", f"one in pass {last}: see advance()")
     has_seen_all("finish", state)
@@ -266,8 +276,8 @@ def rows(state: State, chunk: Array, /, *, mask: Array | None = None) -> tuple[S
     Parameters
     ----------
     state : State
-        A state in the last pass of a function with a row of result for each element: ``isab``, or ``perceiver_io`` with
-        its inputs as queries.
+        A state in the last pass of a function with a row of result for each element: ``isab``, ``perceiver_io`` with
+        its inputs as queries, or what was created with a ``context``.
     chunk, mask
         As for :func:`update`.
 

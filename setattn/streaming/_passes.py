@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from setattn._attention import attend_from
 from setattn._attention_pool import after_pool, pool_context, pool_queries
 from setattn._context import Context
 from setattn._embedding import rows_for
 from setattn._errors import ParameterError
 from setattn._layers import AnyNorm, Options, enter, linear, norm, residual_feed_forward
 from setattn._mab import after_mab, apply_mab, mab_queries
+from setattn._namespace import creation_device
 from setattn._params import (
     ISAB,
     MAB,
@@ -19,6 +21,7 @@ from setattn._params import (
     AttentionPool,
     CrossAttention,
     InputEmbedding,
+    Linear,
     Perceiver,
     PerceiverIO,
     Resampler,
@@ -27,7 +30,7 @@ from setattn._params import (
 )
 from setattn._perceiver import embedded, head
 from setattn._perceiver_layers import after_cross_attention, cross_attend, transform
-from setattn._resampler import resampler_contexts, resampler_input
+from setattn._resampler import mean_latents, resampler_contexts, resampler_input
 from setattn._set_transformer import decode, pma_context
 from setattn._typing import Array
 
@@ -43,12 +46,16 @@ class Pass(NamedTuple):
     beside: tuple[Context, ...] = ()  # attended to together with the elements
 
 
+Rows: TypeAlias = Callable[[tuple[Array, ...], Array, Array | None, int], Array]
+"""The rows of some elements: of what was found, the elements, their mask, the place of the first of them."""
+
+
 class Passes(NamedTuple):
     """The passes of a block, each of which may need what those before it have found."""
 
     attentions: tuple[Attention, ...]  # one for each pass
     make: Callable[[tuple[Array, ...]], Pass]
-    rows: Callable[[tuple[Array, ...], Array, Array | None, int], Array] | None = None  # a last pass, row by row
+    rows: Rows | None = None  # a last pass, row by row
     places: int | None = None  # how many places there are, if an element's place matters
 
 
@@ -58,6 +65,7 @@ class Given(NamedTuple):
     params: Any
     o: Options
     queries: Array | None
+    context: Context | None  # what the elements attend to, where the stream is of rows alone
     options: dict[str, Any]
 
     @property
@@ -68,15 +76,12 @@ class Given(NamedTuple):
 
 def passes_of(function: str, given: Given) -> Passes:
     """Return the passes of a block whose parameters and options have been checked."""
-    return _PASSES[function](given)
+    return _PASSES[function](given) if given.context is None else _rows_alone(_ROWS[function], given.context, given)
 
 
 def refuse(params: Any) -> None:
-    """Refuse embeddings of axes that chunks do not have, and queries that are made of the elements."""
+    """Refuse embeddings of axes that chunks do not have."""
     if isinstance(params, Resampler):
-        if not is_absent(params.mean_latents):
-            wanted = "(), as the mean of all elements is not known before the last of them"
-            raise ParameterError("perceiver_resampler", "params.mean_latents", "there", wanted)
         for name, axis in (("frame_embedding", "frames"), ("media_embedding", "media")):
             if not is_absent(getattr(params, name)):
                 wanted = f"(), as chunks have no axis of {axis}; add the embedding to the elements of each chunk"
@@ -242,25 +247,63 @@ def _perceiver_resampler(g: Given) -> Passes:
     p, o = g.params, g.o
     assert isinstance(p, Resampler)
 
-    def make(found: tuple[Array, ...]) -> Pass:
-        z, layer = found[-1] if found else p.latents, p.layers[len(found)]
-        features, own = resampler_contexts(z, Context(z), layer)
+    def context(y: Array, mask: Array | None, first: int) -> Context:
+        part = Context(y, mask)
+        if not is_absent(p.position):
+            places = rows_for(InputEmbedding(position=p.position), slice(first, first + y.shape[-2]))
+            part = part._replace(embedding=places)
+        return part if is_absent(p.input) else part._replace(prepare=lambda x: resampler_input(x, p, o))
 
-        def context(y: Array, mask: Array | None, first: int) -> Context:
-            part = features._replace(elements=y, mask=mask)
-            if not is_absent(p.position):
-                places = rows_for(InputEmbedding(position=p.position), slice(first, first + y.shape[-2]))
-                part = part._replace(embedding=places)
-            return part if is_absent(p.input) else part._replace(prepare=lambda x: resampler_input(x, p, o))
+    first = 0 if is_absent(p.mean_latents) else 1  # pass of the layers
+    query, averaging = _averaging(p.latents, o)
+
+    def make(found: tuple[Array, ...]) -> Pass:
+        number = len(found) - first
+        if number < 0:
+            return Pass(query, averaging, context, lambda h: mean_latents(h, p, o))
+        z, layer = found[-1] if found else p.latents, p.layers[number]
+        _, own = resampler_contexts(z, Context(z), layer)
 
         def after(h: Array) -> Array:
             h = residual_feed_forward(z + h, layer, o)
-            done = len(found) + 1 == len(p.layers)
+            done = number + 1 == len(p.layers)
             return norm(linear(h, p.output, o.xp), p.output_norm, o) if done else h
 
-        return Pass(z, layer.attention, context, after, layer.query_norm, (own,))
+        def features(y: Array, mask: Array | None, first: int) -> Context:
+            return context(y, mask, first)._replace(norm=layer.context_norm)
 
-    return Passes(tuple(layer.attention for layer in p.layers), make, places=_rows(p.position))
+        return Pass(z, layer.attention, features, after, layer.query_norm, (own,))
+
+    attentions = (*(averaging,) * first, *(layer.attention for layer in p.layers))
+    return Passes(attentions, make, places=_rows(p.position))
+
+
+def _averaging(like: Array, o: Options) -> tuple[Array, Attention]:
+    """Return a query and an attention that make a mean: all scores are 0, and values are the elements."""
+    xp, dim, device = o.xp, like.shape[-1], creation_device(like, o.xp)
+    query = xp.zeros((1, 1), dtype=like.dtype, device=device)
+    key = Linear(xp.zeros((dim, 1, 1), dtype=like.dtype, device=device))
+    value = Linear(xp.reshape(xp.eye(dim, dtype=like.dtype, device=device), (dim, 1, dim)))
+    return query, Attention(query=(), key=key, value=value)
+
+
+# --- rows that attend to a context in memory ------------------------------------------------------------------------
+
+
+def _rows_alone(function: Callable[[Context, Context, Given], Array], context: Context, g: Given) -> Passes:
+    """Return the only pass of elements that see nothing of one another."""
+
+    def make(_: tuple[Array, ...]) -> Pass:
+        raise AssertionError
+
+    return Passes((), make, lambda _, x, mask, __: function(Context(x, mask), context, g))
+
+
+_ROWS: dict[str, Callable[[Context, Context, Given], Array]] = {
+    "attention": lambda q, y, g: attend_from(q, y, g.params, g.o),
+    "cross_attention": lambda q, y, g: cross_attend(q, y, (g.params, ()), g.o, g.residual),
+    "mab": lambda q, y, g: apply_mab(q, y, g.params, g.o, g.residual),
+}
 
 
 _PASSES: dict[str, Callable[[Given], Passes]] = {

@@ -20,8 +20,9 @@ from setattn._typing import Array, Namespace
 from setattn.checkpoints._canonical import form_of, tree_of
 from setattn.checkpoints._safetensors import SafetensorsFile, write_safetensors
 from setattn.streaming._stream import State, create_for, empty_part, in_pass, is_state
+from setattn.streaming._work import Beside
 
-_VERSION = 1
+_VERSION = 2
 _KEY = "setattn.streaming"
 _COUNTS = ("first", "elements", "chunks")
 
@@ -69,7 +70,7 @@ def save(path: str | os.PathLike[str], state: State, /) -> None:
     known = is_integer(state.length) or state.length is None
     tree = {
         "params": state.params,
-        "queries": () if state.queries is None else state.queries,
+        **{name: () if getattr(state, name) is None else getattr(state, name) for name in Beside._fields},
         "length": () if known else state.length,
         "found": state.found,
         "parts": tuple(tuple(part) for _, part in state.levels),
@@ -179,10 +180,10 @@ def _restored(about: dict[str, Any], trees: dict[str, Any]) -> State:
         order, *rest = about["plan"] or [None]
         plan = None if about["plan"] is None else Plan(None if order is None else Order(*order), *rest)
         options = options | {"plan": plan}
-    queries = None if is_absent(trees["queries"]) else trees["queries"]
+    beside = Beside(*(None if is_absent(trees[name]) else trees[name] for name in Beside._fields))
     length = about["length"] if is_absent(trees["length"]) else trees["length"]
     state = create_for(
-        "load", about["function"], trees["params"], queries, about["batch"], about["first"], length, options
+        "load", about["function"], trees["params"], beside, about["batch"], about["first"], length, options
     )
     counts = {name: about[name] for name in _COUNTS}
     sizes, expected, found = about["sizes"], about["expected"], trees["found"]

@@ -16,7 +16,7 @@ from setattn._state import finish, merge_states, output
 from setattn._typing import Array
 from setattn.streaming._passes import Pass
 from setattn.streaming._same import check_alike, check_same, check_same_options
-from setattn.streaming._work import Work, all_options, check_length, function_name, work_of
+from setattn.streaming._work import Beside, Work, all_options, check_length, function_name, work_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +35,8 @@ class State:
         All its options, as given or by default.
     queries : array or None
         What asks, where that is no part of the parameters.
+    context, context_mask : array or None
+        What the elements attend to, in a stream of rows alone.
     batch : tuple of int
         The batch of sets.
     first : int
@@ -55,6 +57,8 @@ class State:
     params: Any
     options: dict[str, Any]
     queries: Array | None
+    context: Array | None
+    context_mask: Array | None
     batch: tuple[int, ...]
     first: int
     length: int | Array | None
@@ -86,7 +90,7 @@ def create_for(
     caller: str,
     function: str | Callable[..., Array],
     params: Any,
-    queries: Array | None,
+    beside: Beside,
     batch: Any,
     first: int,
     length: Any,
@@ -98,10 +102,10 @@ def create_for(
         raise OptionError(caller, "batch", repr(batch), "a sequence of integers of at least 0")
     check.integer(caller, "first", first, least=0)
     sets, given = tuple(map(int, batch)), all_options(caller, name, options)
-    work = work_of(caller, name, params, queries, sets, given)
+    work = work_of(caller, name, params, beside, sets, given)
     check_length(caller, work, length, sets)
     length = int(length) if check.is_integer(length) else length
-    state = State(name, params, given, queries, sets, int(first), length, 0, 0, (), (), None, work, None)
+    state = State(name, params, given, *beside, sets, int(first), length, 0, 0, (), (), None, work, None)
     return in_pass(state, ())
 
 
@@ -175,7 +179,8 @@ def check_same_stream(function: str, a: State, b: State, path: str = "b", *, sam
         raise ShapeError(function, path, b.batch, f"{a.batch}, as a has", "batch")
     check_alike(function, f"{path}, its chunks", a._work.empty, b._work.empty)
     check_same(function, f"{path}.params", a.params, b.params)
-    check_same(function, f"{path}.queries", a.queries, b.queries)
+    for name in Beside._fields:
+        check_same(function, f"{path}.{name}", getattr(a, name), getattr(b, name))
     if type(a.length) is int or type(b.length) is int:
         if a.length is not b.length and (type(a.length) is not type(b.length) or a.length != b.length):
             raise OptionError(function, f"{path}.length", repr(b.length), f"{a.length!r}, as that of a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from setattn import _check as check
 from setattn._attention import attention
 from setattn._attention_pool import attention_pool
 from setattn._call import Call, begin, widen
+from setattn._context import Context
 from setattn._errors import OptionError, ShapeError
 from setattn._layers import Options
 from setattn._layers import options as checked_options
@@ -29,10 +31,26 @@ class _Function(NamedTuple):
     call: Callable[..., Array]
     queries: bool | None = None  # whether they have to be given; None where they cannot be
     width: Callable[[Any], Any] = lambda p: _of_map(p.attention.key)  # of an element, by well-formed parameters
+    asking: Callable[[Any], Any] = lambda p: _of_queries(p.attention, p.query_norm)  # of one that attends to a context
 
 
 def _of_map(p: Any) -> Any:
     return p.weight.shape[0]
+
+
+def _of_queries(p: Any, norm: Any = ()) -> Any:
+    """Return the width of queries; where nothing tells it, there are as many heads as those of the keys."""
+    if not is_absent(p.query):
+        return _of_map(p.query)
+    scale: Any = getattr(norm, "scale", ())
+    if not is_absent(scale):
+        return scale.shape[0]
+    heads, head_dim = p.key.weight.shape[1:]
+    return head_dim * (heads if is_absent(p.output) else p.output.weight.shape[0])
+
+
+def _of_asking_mab(p: Any) -> Any:
+    return _of_queries(p.attention, p.query_norm) if is_absent(p.project) else _of_map(p.project)
 
 
 def _of_embedded(p: Any) -> Any:
@@ -70,11 +88,11 @@ def _of_resampler(p: Any) -> Any:
 
 
 FUNCTIONS = {
-    "attention": _Function(attention, True, lambda p: _of_map(p.key)),
+    "attention": _Function(attention, True, lambda p: _of_map(p.key), _of_queries),
     "attention_pool": _Function(attention_pool, width=_of_pool),
     "cross_attention": _Function(cross_attention, True),
     "isab": _Function(isab, width=lambda p: _of_map(p.mab_inducing.attention.key)),
-    "mab": _Function(mab, True),
+    "mab": _Function(mab, True, asking=_of_asking_mab),
     "perceiver": _Function(perceiver, width=_of_embedded),
     "perceiver_io": _Function(perceiver_io, False, lambda p: _of_embedded(p.encoder)),
     "perceiver_resampler": _Function(perceiver_resampler, width=_of_resampler),
@@ -82,6 +100,14 @@ FUNCTIONS = {
     "set_transformer": _Function(set_transformer, width=_of_set_transformer),
 }
 _WITH_CHUNKS = ("mask", "query_mask", "pair_mask", "bias", "key_positions")
+
+
+class Beside(NamedTuple):
+    """The arrays that a stream has beside its elements: what attends to them, or what they attend to."""
+
+    queries: Array | None = None
+    context: Array | None = None
+    context_mask: Array | None = None
 
 
 class Work(NamedTuple):
@@ -118,23 +144,25 @@ def all_options(caller: str, name: str, given: dict[str, Any]) -> dict[str, Any]
 
 
 def work_of(
-    caller: str, name: str, params: Any, queries: Array | None, batch: tuple[int, ...], options: dict[str, Any]
+    caller: str, name: str, params: Any, beside: Beside, batch: tuple[int, ...], options: dict[str, Any]
 ) -> Work:
     """Check all that is known before the first chunk, as a call with a set without elements does."""
-    wants = FUNCTIONS[name].queries
-    if queries is None and wants:
-        raise OptionError(caller, "queries", "None", f"an array, the first one of {name}: what attends to the stream")
-    if queries is not None and wants is None:
-        raise OptionError(caller, "queries", "given", f"None, as {name} has its queries in its parameters")
+    _check_beside(caller, name, beside)
+    queries, context, context_mask = beside
     leaf = _first_leaf(params)
     if leaf is None:
         begin(name, "params", params)
     call = begin(name, "params", leaf, "params")
     refuse(params)
     table = token_table(params)
-    empty = _empty(call, leaf, name, params, batch, tokens=not is_absent(table))
-    arrays = {True: (queries, empty), False: (empty, queries), None: (empty,)}[wants]
-    only_checks(lambda: FUNCTIONS[name].call(*arrays, params, **options), call.xp)
+    width = FUNCTIONS[name].width if context is None else FUNCTIONS[name].asking
+    empty = _empty(call, leaf, width, params, batch, tokens=not is_absent(table))
+    if context is not None:
+        given = functools.partial(FUNCTIONS[name].call, empty, context, params, mask=context_mask, **options)
+    else:
+        arrays = {True: (queries, empty), False: (empty, queries), None: (empty,)}[FUNCTIONS[name].queries]
+        given = functools.partial(FUNCTIONS[name].call, *arrays, params, **options)
+    only_checks(given, call.xp)
 
     known = {key: value for key, value in options.items() if key in ("activation", "eps", "scale", "plan")}
     o = checked_options(call, **known)
@@ -142,9 +170,25 @@ def work_of(
         if call.half:
             params, queries = map_params(lambda a: widen(a, call.xp), (params, () if queries is None else queries))
             queries = None if is_absent(queries) else queries
-        passes = passes_of(name, Given(params, o, queries, options))
+        asked = None if context is None else Context(context, context_mask)
+        passes = passes_of(name, Given(params, o, queries, asked, options))
         like = widen(leaf, call.xp) if call.half else leaf
         return Work(call, o, passes, empty, native(like.dtype), native(widest_float(like, call.xp)))
+
+
+def _check_beside(caller: str, name: str, beside: Beside) -> None:
+    wants, (queries, context, context_mask) = FUNCTIONS[name].queries, beside
+    if context is not None and not wants:
+        raise OptionError(caller, "context", "given", f"None, as nothing but the stream is attended to in {name}")
+    if context is not None and queries is not None:
+        raise OptionError(caller, "context", "given", "None beside queries, which attend to the stream")
+    if context_mask is not None and context is None:
+        raise OptionError(caller, "context_mask", "given", "None without a context")
+    if queries is None and context is None and wants:
+        wanted = f"an array, the first one of {name}: what attends to the stream (or a context, for its rows alone)"
+        raise OptionError(caller, "queries", "None", wanted)
+    if queries is not None and wants is None:
+        raise OptionError(caller, "queries", "given", f"None, as {name} has its queries in its parameters")
 
 
 def _first_leaf(params: Any) -> Any:
@@ -153,9 +197,11 @@ def _first_leaf(params: Any) -> Any:
     return next((leaf for part in params if (leaf := _first_leaf(part)) is not None), None)
 
 
-def _empty(call: Call, leaf: Array, name: str, params: Any, batch: tuple[int, ...], *, tokens: bool) -> Array:
+def _empty(
+    call: Call, leaf: Array, width_of: Callable[[Any], Any], params: Any, batch: tuple[int, ...], *, tokens: bool
+) -> Array:
     try:
-        width = FUNCTIONS[name].width(params)
+        width = width_of(params)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError):
         width = 1  # the parameters are malformed, and the call will say how
     shape, dtype = ((*batch, 0), call.xp.int32) if tokens else ((*batch, 0, width), leaf.dtype)
