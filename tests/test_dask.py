@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import pickle
 import re
 import signal
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import cases
 import numpy as np
 import pytest
 import tolerances
 from backends import BACKENDS
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import setattn
+from setattn._dask import _sizes
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -285,6 +290,85 @@ def test_errors_call_chunks_by_the_arguments_they_are_of():
         assert re.fullmatch(rf"chunk \([\d, ]+\) of {argument}", error.value.argument), (start, error.value.argument)
 
 
+# --- the size of chunks ---------------------------------------------------------------------------------------------
+
+
+def cuts(n, size):
+    return (size,) * (n // size) + ((n % size,) if n % size else ())
+
+
+GIB = 2**30
+SOUND = {
+    "usual": ((2, 2), cuts(1_000_000, 100_000), (32,)),
+    "few and small": (cuts(100, 1), cuts(100, 1), (8,)),
+    "many and empty": ((0,) * 20_000, (1,), (8,)),
+    "many sets of some size": (cuts(20_000, 1), (10_000,), (32,)),
+    "not known": ((math.nan,) * 20_000, (math.nan,), (8,)),
+    "empty": ((0,), (0,), (8,)),
+    "one large element": ((1,), (1, 1), (2 * GIB,)),
+    "features of a small set": ((3,), (10,), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_chunks_are_left_alone(name):
+    assert not list(_sizes.of_one("x", SOUND[name], 4))
+
+
+@given(st.integers(1, 3), st.integers(1, 10**10), st.integers(1, 10**9), st.sampled_from([1, 32, 1024]))
+def test_what_is_advised_of_a_set_is_sound(sets, n, size, dim):
+    """Whoever does as he is told is told no more."""
+    count = -(-n // size)
+    assume(count <= 10**6)
+    chunks = ((1,) * sets, cuts(n, size), (dim,))
+    for text in _sizes.of_one("x", chunks, 4):
+        ((axis, rows),) = re.findall(r"x\.rechunk\(\{(-\d): (\d+)\}\)", text)
+        better = (chunks[0], cuts(n, int(rows)), chunks[2])
+        assert axis == "-2"
+        assert not list(_sizes.of_one("x", better, 4))
+
+
+def test_what_is_advised_of_many_small_sets():
+    (text,) = _sizes.of_one("x", (cuts(50_000, 1), (100,), (8,)), 4)
+    assert text.startswith("x is in 50000 chunks of 3.2 kB each")
+    (rows,) = re.findall(r"x\.rechunk\(\{0: (\d+)\}\)", text)
+    assert not list(_sizes.of_one("x", (cuts(50_000, int(rows)), (100,), (8,)), 4))
+
+
+@given(st.integers(1, 3), st.integers(2, 10**6), st.integers(2, 10**6), st.integers(1, 2000), st.integers(1, 2000))
+def test_what_is_advised_of_two_sets_is_sound(sets, m, n, a, b):
+    q, y = ((1,) * sets, cuts(m, a), (8,)), ((1,) * sets, cuts(n, b), (8,))
+    tasks = len(q[1]) * len(y[1]) * sets
+    advice = list(_sizes.of_two(("x", "y"), q, y))
+    assert bool(advice) == (tasks > 10_000 and len(q[1]) > 1 and len(y[1]) > 1)
+    for text in advice:
+        (of_x,), (of_y,) = (re.findall(rf"{name}\.rechunk\(\{{-2: (\d+)\}}\)", text) for name in "xy")
+        better = [(s[0], cuts(size, int(rows)), s[2]) for s, size, rows in ((q, m, of_x), (y, n, of_y))]
+        assert not list(_sizes.of_two(("x", "y"), *better))
+
+
+def test_users_are_warned_of_chunks():
+    """With a class of Dask's own; of what is in order nothing is said, as every other test shows."""
+    warning = da.PerformanceWarning
+    params = seven()[1]
+    large = da.zeros((10**8, 8), chunks=(10**8, 8), dtype="float32")
+    with pytest.warns(warning, match=r"isab: a chunk of x has 3.2 GB; x\.rechunk\(\{-2: \d+\}\) makes it 33.6 MB"):
+        setattn.isab(large, params["isab"])
+    small = da.zeros((2, 10_001, 8), chunks=(2, 1, 8), dtype="float32")
+    with pytest.warns(warning, match=r"attention_pool: x is in 10001 chunks of 64 B each"):
+        setattn.attention_pool(small, params["attention_pool"])
+    split = da.zeros((10**9, 8), chunks=(10**7, 4), dtype="float32")
+    with pytest.warns(
+        warning, match=r"perceiver_resampler: the features of features are in 2 chunks, and all its 32 GB"
+    ):
+        setattn.perceiver_resampler(split, params["perceiver_resampler"])
+    short = da.zeros((303, 8), chunks=(3, 8), dtype="float32")
+    mab = setattn.init_mab(8, num_heads=2, rng=0)
+    for call in (lambda: setattn.mab(short, short, mab), lambda: setattn.sab(short, mab)):
+        with pytest.warns(warning, match=r"101 chunks of x meet 101 of [xy] in 10201 tasks; x\.rechunk\(\{-2: 4\}\)"):
+            call()
+
+
 # --- chunks that are made anew --------------------------------------------------------------------------------------
 
 ANEW = setattn.Plan(recompute=True)
@@ -449,3 +533,20 @@ def test_two_processes_one_of_them_killed(cluster):
     threading.Timer(0.7, os.kill, (next(iter(pids.values())), signal.SIGKILL)).start()
     assert np.array_equal(future.result(timeout=120), value)
     assert set(cluster.run(os.getpid).values()) != set(pids.values()), "no worker was lost"
+
+
+@pytest.mark.filterwarnings("ignore")  # of what an event loop has left undone
+def test_a_scheduler_that_is_lost_is_named():
+    distributed = pytest.importorskip("distributed")
+    x, params = seven(shape=(200, 8))
+    slow = da.map_blocks(lambda a: time.sleep(0.1) or a, da.from_array(x, chunks=(5, 8)), dtype=x.dtype, meta=x[:0])
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        cluster = distributed.LocalCluster(**options)
+        client = distributed.Client(cluster)
+        future = client.compute(setattn.pma(slow, params["pma"]))
+        threading.Timer(0.5, cluster.loop.add_callback, (cluster.scheduler.close,)).start()
+        with pytest.raises(CancelledError, match="Client lost the connection to the scheduler"):
+            future.result(timeout=60)
+        client.close(timeout=1)
+        cluster.close(timeout=5)

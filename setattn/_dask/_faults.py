@@ -76,9 +76,14 @@ _DATA = {  # what asks and what is asked, where functions do not call both of th
 }
 
 
+def names_of(function: str) -> tuple[str, str]:
+    """Return what a function calls what asks and what is asked."""
+    return _DATA.get(function, ("x", "x"))
+
+
 def _argument(function: str, given: Given) -> str:
     """Return the name of the argument that an array is."""
     asks = "m" in given.axes and given.part != "pair_mask"
     if given.part == "elements":
-        return _DATA.get(function, ("x", "x"))[0 if asks else 1]
+        return names_of(function)[0 if asks else 1]
     return f"query_{given.part}" if asks and function == "mab" else given.part
