@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -27,6 +28,7 @@ dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 
 DASK = BACKENDS["dask"]
+ANEW = setattn.Plan(recompute=True)
 
 BLOCKS = {"isab": 2, "pma": 1, "attention_pool": 1, "cross_attention": 1, "perceiver_resampler": 2}
 
@@ -90,6 +92,9 @@ def test_any_chunks(name, chunking):
     result = compute(out)
     assert (out.dtype, out.shape) == (result.dtype, result.shape)
     tolerances.assert_close(result, value, bound, f"{case.function} float32")
+    case = dataclasses.replace(case, options=case.options | {"plan": ANEW})
+    anew = lazily(case.call, arrays, DASK.params(case.params, "float32"), masks)
+    assert np.array_equal(compute(anew), result)
 
 
 @pytest.mark.parametrize("name", list(seven()[1]))
@@ -290,6 +295,46 @@ def test_errors_call_chunks_by_the_arguments_they_are_of():
         assert re.fullmatch(rf"chunk \([\d, ]+\) of {argument}", error.value.argument), (start, error.value.argument)
 
 
+# --- chunks on a GPU ------------------------------------------------------------------------------------------------
+
+CUPY = BACKENDS["cupy"]
+
+
+@pytest.mark.skipif(CUPY.missing() is not None, reason=f"cupy: {CUPY.missing()}")
+@pytest.mark.parametrize("plan", [None, ANEW], ids=["kept", "made anew"])
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_of_cupy_stay_there(name, plan):
+    """As do states and results; the kind of a result is known before."""
+    case, value, bound = cases.expected(name, "float32")
+
+    def on_gpu(a):
+        host = cut(a, CHUNKINGS["set"])
+        array = CUPY.asarray(np.asarray(a), "float32")
+        return da.from_array(array, chunks=host.chunks, asarray=False)
+
+    arrays = tuple(map(on_gpu, case.arrays))
+    masks = {key: on_gpu(m) for key, m in case.masks.items()}
+    case = dataclasses.replace(case, options=case.options | {"plan": plan})
+    out = lazily(case.call, arrays, CUPY.params(case.params, "float32"), masks)
+    assert type(out._meta) is CUPY.xp.ndarray
+    result = compute(out)
+    assert type(result) is CUPY.xp.ndarray
+    assert (out.dtype, out.shape) == (result.dtype, result.shape)
+    tolerances.assert_close(CUPY.numpy(result), value, bound, f"{case.function} float32")
+
+
+@pytest.mark.skipif(CUPY.missing() is not None, reason=f"cupy: {CUPY.missing()}")
+@pytest.mark.parametrize("name", list(seven()[1]))
+def test_chunks_are_brought_to_cupy_by_tasks(name):
+    """A set is read on the host, and only its chunks that are at work are on the GPU."""
+    x, params = seven()
+    p = CUPY.params(params[name], "float32")
+    lazy = da.from_array(x, chunks=(2, 10, 8)).map_blocks(CUPY.xp.asarray, dtype=x.dtype, meta=CUPY.asarray(x[:0]))
+    for plan in (None, ANEW):
+        result = compute(lazily(getattr(setattn, name), lazy, p, plan=plan))
+        assert np.allclose(CUPY.numpy(result), getattr(setattn, name)(x, params[name]), atol=1e-5)
+
+
 # --- the size of chunks ---------------------------------------------------------------------------------------------
 
 
@@ -371,7 +416,6 @@ def test_users_are_warned_of_chunks():
 
 # --- chunks that are made anew --------------------------------------------------------------------------------------
 
-ANEW = setattn.Plan(recompute=True)
 PASSES = {"isab": 2, "pma": 1, "set_transformer": 3, "attention_pool": 1, "perceiver": 1, "perceiver_resampler": 2}
 
 
