@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``stream``."""
+"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``stream``; ``cluster``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("compare", "gpu", "stream")
+COMMANDS = ("cluster", "compare", "gpu", "stream")
 
 
 def main(arguments: list[str]) -> int:

@@ -81,19 +81,21 @@ def in_one_process(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "memory": [memory()], "before": [before], "result": y[0].tolist()}
 
 
-def on_workers(args: argparse.Namespace) -> dict[str, Any]:
+def on_workers(
+    elements: int, chunk: int, workers: int, limit: str, recompute: bool, bar: bool = False
+) -> dict[str, Any]:
     """Compute the same on processes of Dask, of one thread each."""
     from distributed import Client, LocalCluster, progress
 
-    options = {"threads_per_worker": 1, "memory_limit": args.memory, "dashboard_address": None}
-    with LocalCluster(n_workers=args.workers, **options) as cluster, Client(cluster) as client:
+    options = {"threads_per_worker": 1, "memory_limit": limit, "dashboard_address": None}
+    with LocalCluster(n_workers=workers, **options) as cluster, Client(cluster) as client:
         before = list(client.run(memory).values())
         pids = client.run(os.getpid)
-        plan = setattn.Plan(recompute=args.recompute)
+        plan = setattn.Plan(recompute=recompute)
         start = time.perf_counter()
-        out = setattn.set_transformer(lazily(args.elements, args.chunk), parameters(), plan=plan)
+        out = setattn.set_transformer(lazily(elements, chunk), parameters(), plan=plan)
         future = client.compute(out)
-        if args.progress:
+        if bar:
             progress(future, notebook=False)
         y = future.result()
         return {
@@ -103,8 +105,8 @@ def on_workers(args: argparse.Namespace) -> dict[str, Any]:
             "spilled": sum(client.run(spilled).values()),
             "restarts": len(set(client.run(os.getpid).values()) - set(pids.values())),
             "tasks": len(dict(out.__dask_graph__())),
-            "limit": args.memory,
-            "recompute": args.recompute,
+            "limit": limit,
+            "recompute": recompute,
             "result": y[0].tolist(),
         }
 
@@ -156,7 +158,11 @@ def main(arguments: list[str]) -> int:
 
         threadpool_limits(args.threads)
     about = machine.describe()
-    run = given | (on_workers(args) if args.workers else in_one_process(args))
+    if args.workers:
+        run = on_workers(args.elements, args.chunk, args.workers, args.memory, args.recompute, args.progress)
+    else:
+        run = in_one_process(args)
+    run = given | run
     made = 3 * seconds_to_make(args)
     path, before = record(about | run | {"seconds_to_make": made}, args.out)
 
