@@ -59,18 +59,14 @@ def draw(results: dict[str, Any], folder: Path) -> Path:
                 sizes = [run["chunk"] * DIM * 4 / 1e6 for run in runs]
                 time.plot(sizes, [run["seconds"] for run in runs], **look)
                 memory.plot(sizes, [max(run["memory"]) for run in runs], **look)
+        limit = float(results["limit"].removesuffix("MB"))
+        memory.axhline(limit, color=LINE, lw=0.8)
+        memory.annotate("limit", (0.01, limit), xycoords=("axes fraction", "data"), va="bottom", fontsize=7)
         for ax, label in ((time, "time, s"), (memory, "peak memory of a worker, MB")):
             ax.set(xscale="log", xlabel="size of a chunk, MB", ylabel=label)
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, None if ax is time else 1.1 * limit)
+            ax.xaxis.set_major_formatter("{x:g}")
             ax.spines[["top", "right"]].set_visible(False)
-        memory.axhline(float(results["limit"].removesuffix("MB")), color=LINE, lw=0.8)
-        memory.annotate(
-            "limit",
-            (0.01, float(results["limit"].removesuffix("MB"))),
-            va="bottom",
-            fontsize=7,
-            xycoords=("axes fraction", "data"),
-        )
         time.legend(fontsize=6.5, frameon=False)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
     return path
