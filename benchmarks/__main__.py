@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``stream``; ``cluster``."""
+"""``python -m benchmarks``: everything on the CPU; ``cluster``, ``compare``, ``gpu``, ``imports``, ``stream``: see README."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("cluster", "compare", "gpu", "stream")
+COMMANDS = ("cluster", "compare", "gpu", "imports", "stream")
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ import setattn
 from benchmarks import machine
 from benchmarks.contestants import ROWS, error_of
 from benchmarks.floor import Floor, Rates
-from benchmarks.problem import Problem
+from benchmarks.problem import Problem, Row
 from benchmarks.report import digits
 from benchmarks.timing import QUICK, Settings, Spread, in_turns, ratio
 
 # The largest error, as a part of the largest entry. In half precision the inputs themselves are rounded.
 PRECISIONS = {"float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
+DEVICE = "cuda"
 TARGETS = {"pooling": 5.0, "other": 1.0}
 
 
@@ -37,38 +39,43 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", metavar="PATTERN", default="", help="rows whose name has this regular expression")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for all calls of a row in a precision; default: 3")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory, too
     try:
         import torch
     except ImportError:
         raise SystemExit("measuring on a GPU needs PyTorch with CUDA: python -m pip install torch") from None
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA GPU that PyTorch can use")
-    settings = dataclasses.replace(QUICK if options.quick else Settings(), pause=0.0)
-    results = machine.describe() | {"card": torch.cuda.get_device_name(), "precisions": {}}
+    settings = dataclasses.replace(QUICK if options.quick else Settings(), pause=0.0, seconds=options.seconds)
+    results = machine.describe() | {"card": torch.cuda.get_device_name(), "rates": {}, "rows": []}
     print("\n".join([*machine.lines(results), results["card"], ""]))
-    with torch.inference_mode():
-        for precision in options.precisions.split(","):
-            rates = measure_rates(precision)
-            rows = [
-                measure(row, precision, rates, settings)
-                for row in ROWS
-                if re.search(options.only, row.name, re.IGNORECASE)
-            ]
-            results["precisions"][precision] = {"rates": vars(rates), "rows": rows}
-            show(precision, rates, rows)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu-{results['date'][:10]}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    rates = {precision: measure_rates(precision) for precision in options.precisions.split(",")}
+    results["rates"] = {precision: vars(r) for precision, r in rates.items()}
+    print("\n".join(rates_line(precision, r) for precision, r in rates.items()), f"\n\n{HEADER}", flush=True)
+    with torch.inference_mode():
+        for row in (row for row in ROWS if re.search(options.only, row.name, re.IGNORECASE)):
+            problem = row.problem()
+            reference = problem.reference()
+            for precision, of_precision in rates.items():
+                measured = measure(row, problem, reference, precision, of_precision, settings)
+                results["rows"].append(measured)
+                print("\n".join(table_lines(measured)), flush=True)
+            whole = path.with_suffix(".part")  # a run that is cut off leaves the rows that it has measured
+            whole.write_text(json.dumps(results, indent=1) + "\n")
+            whole.replace(path)
     print(f"written: {path}")
     return 0
 
 
-def measure(row: Any, precision: str, rates: Rates, settings: Settings) -> dict[str, Any]:
+def measure(
+    row: Row, problem: Problem, reference: np.ndarray, precision: str, rates: Rates, settings: Settings
+) -> dict[str, Any]:
     """Check and time everything that computes a row in a precision."""
-    problem = row.problem()
-    reference = problem.reference()
     runs, errors, wrong, launches = {}, {}, {}, {}
     with precise(precision):
         for name, build in CONTESTANTS.items():
@@ -107,6 +114,7 @@ def measure(row: Any, precision: str, rates: Rates, settings: Settings) -> dict[
     return {
         "name": row.name,
         "size": row.size,
+        "precision": precision,
         "target": target,
         "floor": floor.as_dict(),
         "best_peer": best,
@@ -134,17 +142,17 @@ def on_cupy(problem: Problem, precision: str) -> Built:
     params = setattn.convert_params(problem.params, cupy, dtype=dtype)
     call = functools.partial(problem.function, *inputs, params, **problem.options)
     stream = cupy.cuda.get_current_stream()
-    return finished(call, stream.synchronize), lambda x: x.get().astype(np.float64)
+    return Finished(call, stream.synchronize), lambda x: x.get().astype(np.float64)
 
 
 def on_torch(problem: Problem, precision: str) -> Built:
     import torch
 
     dtype = getattr(torch, dtype_name(precision))
-    inputs = [torch.from_numpy(x).to("cuda", dtype) for x in problem.inputs]
-    params = setattn.convert_params(problem.params, torch, device="cuda", dtype=dtype)
+    inputs = [torch.from_numpy(x).to(DEVICE, dtype) for x in problem.inputs]
+    params = setattn.convert_params(problem.params, torch, device=DEVICE, dtype=dtype)
     call = functools.partial(problem.function, *inputs, params, **problem.options)
-    return finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
+    return Finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
 
 
 def torch_peer(problem: Problem, precision: str, core: str) -> Built:
@@ -152,8 +160,8 @@ def torch_peer(problem: Problem, precision: str, core: str) -> Built:
 
     from benchmarks import torch_forms
 
-    call = torch_forms.build(problem, core, "cuda", getattr(torch, dtype_name(precision)))
-    return finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
+    call = torch_forms.build(problem, core, DEVICE, getattr(torch, dtype_name(precision)))
+    return Finished(call, torch.cuda.synchronize), lambda x: x.double().cpu().numpy()
 
 
 def on_jax(problem: Problem, precision: str) -> Built:
@@ -180,22 +188,61 @@ def jax_with_gpu() -> Any:
     return jax
 
 
-def finished(call: Callable[[], Any], synchronize: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        result = call()
-        synchronize()
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A call that returns when the device is done."""
+
+    call: Callable[[], Any]
+    synchronize: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        result = self.call()
+        self.synchronize()
         return result
 
-    return run
 
+def on_cupy_graph(problem: Problem, precision: str) -> Built:
+    """Record the kernels of a call once, and launch them all at once: what ``jax.jit`` does by itself."""
+    import cupy
+
+    run, to_numpy = on_cupy(problem, precision)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for _ in range(3):
+            run()  # compiles, and fills the pool of memory
+        stream.begin_capture()
+        result = run.call()
+        graph = stream.end_capture()
+    return Finished(lambda: (graph.launch(stream), result)[1], stream.synchronize), to_numpy
+
+
+def on_torch_graph(build: Callable[[Problem, str], Built], problem: Problem, precision: str) -> Built:
+    import torch
+
+    run, to_numpy = build(problem, precision)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run.call()
+    return Finished(lambda: (graph.replay(), result)[1], torch.cuda.synchronize), to_numpy
+
+
+SDPA, MATMUL, MODULE = (functools.partial(torch_peer, core=core) for core in ("sdpa", "matmul", "module"))
 
 CONTESTANTS: dict[str, Callable[[Problem, str], Built]] = {
     "setattn, cupy": on_cupy,
+    "setattn, cupy, CUDA graph": on_cupy_graph,
     "setattn, torch": on_torch,
+    "setattn, torch, CUDA graph": functools.partial(on_torch_graph, on_torch),
     "setattn, jax": on_jax,
-    "torch scaled_dot_product_attention": functools.partial(torch_peer, core="sdpa"),
-    "torch matmul and softmax": functools.partial(torch_peer, core="matmul"),
-    "torch.nn.MultiheadAttention": functools.partial(torch_peer, core="module"),
+    "torch scaled_dot_product_attention": SDPA,
+    "torch scaled_dot_product_attention, CUDA graph": functools.partial(on_torch_graph, SDPA),
+    "torch matmul and softmax": MATMUL,
+    "torch matmul and softmax, CUDA graph": functools.partial(on_torch_graph, MATMUL),
+    "torch.nn.MultiheadAttention": MODULE,
     "jax.nn.dot_product_attention": jax_peer,
 }
 
@@ -241,8 +288,8 @@ def measure_rates(precision: str) -> Rates:
     import torch
 
     dtype = getattr(torch, dtype_name(precision))
-    a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-    source = torch.empty(1 << 28, device="cuda", dtype=torch.float32)
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=dtype)
+    source = torch.empty(1 << 28, device=DEVICE, dtype=torch.float32)
     target = torch.empty_like(source)
 
     def best(run: Callable[[], Any]) -> float:
@@ -271,16 +318,24 @@ def count_launches(run: Callable[[], Any]) -> int:
     return sum(not e.name.lower().startswith(("memcpy", "memset")) for e in on_device)
 
 
-def show(precision: str, rates: Rates, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{precision}: {2e-12 * rates.multiplications:.0f} Tflop/s, {1e-9 * rates.bytes:.0f} GB/s copying\n")
-    print("| workload | who | ratio to the best peer (target) | ms | launches | of copy bandwidth | of matrix rate |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        for name, c in row["contestants"].items():
-            ours = name.startswith("setattn")
-            times = digits(c["ratio"]["median"]) + (f" ({row['target']:g})" if ours else "") if c["ratio"] else "-"
-            shares = f"{c['of_copy_bandwidth']:.2f} | {c['of_matrix_rate']:.2f}"
-            milliseconds = digits(1e3 * c["seconds"]["median"])
-            print(f"| {row['name']} | {name} | {times} | {milliseconds} | {c['launches']} | {shares} |")
-        for name, reason in row["wrong"].items():
-            print(f"| {row['name']} | {name} | {reason} | | | | |")
+HEADER = """\
+| workload | precision | who | ratio to the best peer (target) | ms | launches | of copy bandwidth | of matrix rate |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def rates_line(precision: str, rates: Rates) -> str:
+    return f"{precision}: {2e-12 * rates.multiplications:.0f} Tflop/s, {1e-9 * rates.bytes:.0f} GB/s copying"
+
+
+def table_lines(row: dict[str, Any]) -> list[str]:
+    """Return the lines of one row in one precision, the fastest first."""
+    start = f"| {row['name']} | {row['precision']} |"
+    lines = []
+    for name, c in sorted(row["contestants"].items(), key=lambda pair: pair[1]["seconds"]["median"]):
+        ours = name.startswith("setattn")
+        times = digits(c["ratio"]["median"]) + (f" ({row['target']:g})" if ours else "") if c["ratio"] else "-"
+        shares = f"{c['of_copy_bandwidth']:.2f} | {c['of_matrix_rate']:.2f}"
+        lines.append(
+            f"{start} {name} | {times} | {digits(1e3 * c['seconds']['median'])} | {c['launches']} | {shares} |"
+        )
+    return lines + [f"{start} {name} | {reason} | | | | |" for name, reason in row["wrong"].items()]

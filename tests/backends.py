@@ -48,7 +48,7 @@ class Backend:
             return f"{self.module.split('.')[0]} is not installed"
         if self.module == "cupy" and not module.is_available():
             return "cupy has no GPU here"
-        if self.module == "torch" and self.device == "cuda" and not module.cuda.is_available():
+        if self.module == "torch" and self.device is not None and not module.cuda.is_available():
             return "torch has no GPU here"
         return None
 
@@ -80,8 +80,12 @@ class Backend:
             return contextlib.nullcontext()
         return importlib.import_module("dask").config.set(scheduler=_refuse_to_compute)
 
-    def _target(self) -> Any:
-        return None if self.device is None else self.xp.Device(self.device)
+    @property
+    def target(self) -> Any:
+        """The device as the library takes it; ``None`` for its default."""
+        if self.device is None:
+            return None
+        return (self.xp.device if self.module == "torch" else self.xp.Device)(self.device)
 
     def dtype(self, name: str) -> Any:
         """Return the dtype of a name, as this backend spells it."""
@@ -107,7 +111,7 @@ class Backend:
             return self.xp.from_array(a, chunks=(*(max(1, (n + 1) // 2) for n in split), *a.shape[len(split) :]))
         if self.module == "array_api_strict":
             narrow = self.device == "no_x64" and a.dtype == np.int64  # tokens
-            return self.xp.asarray(a.astype(np.int32) if narrow else a, device=self._target())
+            return self.xp.asarray(a.astype(np.int32) if narrow else a, device=self.target)
         a = self.xp.asarray(a.astype("float32") if dtype == "bfloat16" and floating else a.copy())
         if self.module == "torch" and self.device is not None:
             a = a.to(self.device)
@@ -171,7 +175,7 @@ BACKENDS = {
         Backend("numpy-readonly", "numpy", _HALF, "CPU", readonly=True, listed=False),
         Backend("cupy", "cupy", _HALF, "CUDA", features=("eager",)),
         Backend("torch", "torch", _ALL, "CPU", features=_TORCH),
-        Backend("torch-cuda", "torch", _ALL, "CUDA", device="cuda", listed=False, expected=False),
+        Backend("torch-cuda", "torch", _ALL, "CUDA", device="cuda:0", listed=False, expected=False),
         Backend("torch-default-float64", "torch", _ALL, "CPU", listed=False, everywhere=False),
         Backend("jax", "jax.numpy", _ALL, "CPU", features=_JAX),
         Backend("jax-no-x64", "jax.numpy", ("float32",), "CPU", listed=False, everywhere=False),

@@ -31,6 +31,8 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, print_blob=Tr
 hypothesis.settings.load_profile(os.environ.get("SETATTN_HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 _reports: pytest.StashKey[dict[str, collections.Counter[str]]] = pytest.StashKey()
+_passed: pytest.StashKey[list[str]] = pytest.StashKey()
+_CACHE = "setattn/passed"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run tests/peers, the comparisons with the original implementations, which must be installed",
     )
+    parser.addoption(
+        "--not-passed",
+        action="store_true",
+        help="leave out what passed in the run before, with fewer libraries; tests of an environment run again",
+    )
     parser.addoption("--record", default=None, metavar="FILE", help="write the results of tests/peers to a JSON file")
 
 
@@ -66,6 +73,7 @@ def _names(config: pytest.Config, option: str) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "environment: what is installed is what is tested, so that --not-passed runs it")
     if not config.getoption("peers"):
         if any(_in_peers(Path(argument.partition("::")[0])) for argument in config.args):
             raise pytest.UsageError(f"{PEERS.parent.name}/{PEERS.name} runs with --peers alone: see CONTRIBUTING.md")
@@ -78,7 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
             if option == "require_backends" and (reason := BACKENDS[name].missing()):
                 raise pytest.UsageError(f"backend {name} is required, but {reason}")
     config.stash[_reports] = {}
-    config.pluginmanager.register(_Counts(config.stash[_reports]), "setattn-backend-counts")
+    config.stash[_passed] = []
+    config.pluginmanager.register(_Counts(config.stash[_reports], config.stash[_passed]), "setattn-backend-counts")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -101,14 +110,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Drop the backends that were not chosen, and those that nobody expects to be there."""
     chosen = _names(config, "backends")
     unexpected = {name for name, b in BACKENDS.items() if not b.expected and name not in chosen and b.missing()}
+    before = set(_last_passed(config))
     kept, dropped = [], []
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         drop = name in unexpected or (chosen and name in BACKENDS and name not in chosen)
+        drop = drop or (item.nodeid in before and not item.get_closest_marker("environment"))
         (dropped if drop else kept).append(item)
     if dropped:
         items[:] = kept
-        config.hook.pytest_deselected(items=[item for item in dropped if chosen])
+        config.hook.pytest_deselected(items=[item for item in dropped if chosen or before])
+
+
+def _last_passed(config: pytest.Config) -> list[str]:
+    cache = getattr(config, "cache", None)
+    return cache.get(_CACHE, []) if cache and config.getoption("not_passed") else []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Note what passed, for ``--not-passed``; a worker of pytest-xdist leaves that to the process that it works for."""
+    config = session.config
+    cache = getattr(config, "cache", None)
+    if cache and _passed in config.stash and not hasattr(config, "workerinput"):
+        cache.set(_CACHE, config.stash[_passed])
 
 
 @pytest.fixture
@@ -167,10 +191,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 class _Counts:
     """Counts by backend and outcome, of reports, which carry the name: so those of pytest-xdist's workers count."""
 
-    def __init__(self, reports: dict[str, collections.Counter[str]]) -> None:
-        self.reports = reports
+    def __init__(self, reports: dict[str, collections.Counter[str]], passed: list[str]) -> None:
+        self.reports, self.passed = reports, passed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)
         if report.when == "call" or report.outcome != "passed":
             for key, name in report.user_properties:
                 if key == "backend":

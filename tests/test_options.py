@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -30,10 +29,12 @@ def run(tmp_path):
     """Run these tests in a process of their own, which finds no CuPy, or a stand-in."""
     (tmp_path / "no_cupy.py").write_text(NO_CUPY)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(tmp_path)])
+    paths = [str(TESTS), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
 
     def call(*arguments, plugin="no_cupy"):
-        command = [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", "-q", *arguments]
+        cache = ("-o", f"cache_dir={tmp_path / 'cache'}")
+        command = [sys.executable, "-m", "pytest", "-p", plugin, *cache, "-q", *arguments]
         done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 
@@ -71,7 +72,7 @@ def test_peers_are_asked_for_by_name(run, path):
     assert "--record is of the comparisons that run with --peers" in output
 
 
-WORKERS = pytest.param(("-n", "2"), marks=pytest.mark.skipif(not importlib.util.find_spec("xdist"), reason="no xdist"))
+WORKERS = ("-n", "2")
 
 
 @pytest.mark.parametrize("workers", [(), WORKERS])
@@ -90,3 +91,17 @@ def test_cupy_is_one_more_backend(run):
     assert code == pytest.ExitCode.OK, output
     assert "\ncupy: (" in output
     assert "skipped" not in output
+
+
+@pytest.mark.parametrize("workers", [(), WORKERS])
+def test_what_passed_is_left_out(run, workers):
+    """A second run with more libraries tests what those add, and what is about the environment."""
+    files = ("test_dtypes.py", "test_public_api.py", "-k", "large_rows_on_every_backend or import_brings")
+    code, output = run("--backends", "numpy", *files, *workers)
+    assert code == pytest.ExitCode.OK, output
+    assert "2 passed" in output
+    code, output = run("--backends", "numpy,strict", "--not-passed", *files, *workers)
+    assert code == pytest.ExitCode.OK, output
+    assert "\nstrict: (1 passed)\n" in output
+    assert "numpy:" not in output
+    assert "2 passed" in output

@@ -152,7 +152,7 @@ def test_trees_of_torch():
 def test_there_and_back(backend, dtype):
     """To a backend and back to NumPy; a change of dtype is a change of rounding alone."""
     params = float32(TREE)
-    device = None if backend.device is None else backend.xp.Device(backend.device)
+    device = backend.target
     there = setattn.convert_params(params, backend.xp, device=device, dtype=backend.dtype(dtype))
     assert structure(there) == structure(params)
     for a in leaves(there):
@@ -203,8 +203,7 @@ def test_from_any_library_to_any_other(source, target):
 def test_numbers_out_of_the_ordinary_arrive_bit_for_bit(backend):
     tiny = np.finfo(np.float32).tiny
     a = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, tiny, tiny / 4, np.finfo(np.float32).max], np.float32)
-    device = None if backend.device is None else backend.xp.Device(backend.device)
-    there = setattn.convert_params(Linear(a), backend.xp, device=device)
+    there = setattn.convert_params(Linear(a), backend.xp, device=backend.target)
     same_bits(setattn.convert_params(there, np), Linear(a))
 
 
@@ -212,7 +211,7 @@ def test_views_of_any_layout(backend):
     a = np.arange(24, dtype=np.float32).reshape(4, 6)
     read_only = a.copy()
     read_only.flags.writeable = False
-    device = None if backend.device is None else backend.xp.Device(backend.device)
+    device = backend.target
     swapped = a.astype(a.dtype.newbyteorder())
     for view in (a.T, a[::-1, ::2], np.asfortranarray(a), np.broadcast_to(a[0], (4, 6)), read_only, swapped):
         there = setattn.convert_params(view, backend.xp, device=device, dtype=backend.dtype("float32"))
@@ -221,7 +220,7 @@ def test_views_of_any_layout(backend):
 
 def test_the_converted_tree_is_what_a_call_takes(backend):
     case = cases.make("mab")
-    device = None if backend.device is None else backend.xp.Device(backend.device)
+    device = backend.target
     dtype = backend.dtype("float32")
     x, y, params = setattn.convert_params((*case.arrays, case.params), backend.xp, device=device, dtype=dtype)
     out = setattn.mab(x, y, params)

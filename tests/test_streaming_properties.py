@@ -224,7 +224,7 @@ class Machine(stateful.RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "state.safetensors")
             streaming.save(path, state[0])
-            return streaming.load(path, xp=self.backend.xp, device=self.backend._target()), *state[1:]
+            return streaming.load(path, xp=self.backend.xp, device=self.backend.target), *state[1:]
 
     @stateful.rule(state=states)
     def finish(self, state: Any) -> None:
