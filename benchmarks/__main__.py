@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: everything on the CPU; ``cluster``, ``compare``, ``gpu``, ``imports``, ``stream``: see README."""
+"""``python -m benchmarks``: everything on the CPU; the other commands stand in ``benchmarks/README.md``."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import math
 import os
 import pickle
@@ -26,6 +27,7 @@ from setattn._dask import _sizes
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
+from dask.diagnostics import Profiler, ProgressBar  # noqa: E402, after it is known to be there
 
 DASK = BACKENDS["dask"]
 ANEW = setattn.Plan(recompute=True)
@@ -535,6 +537,18 @@ def test_every_scheduler_gives_the_same_bits(name):
         assert np.array_equal(compute(out, scheduler="processes", num_workers=2), value)
 
 
+def test_dasks_bar_counts_the_tasks():
+    x, params = seven()
+    written = io.StringIO()
+    with ProgressBar(out=written, dt=0.01), Profiler() as profiler:
+        compute(setattn.isab(da.from_array(x, chunks=(2, 7, 8)), params["isab"], plan=ANEW))
+    assert "100% Completed" in written.getvalue()
+    names = {
+        str(task.key[0] if isinstance(task.key, tuple) else task.key).rpartition("-")[0] for task in profiler.results
+    }
+    assert {"apply_mab-state", "apply_mab-state-aggregate", "apply_mab-found", "apply_mab-call"} <= names
+
+
 ROWS, CHUNK = 400_000, 20_000
 
 
@@ -577,6 +591,26 @@ def test_two_processes_one_of_them_killed(cluster):
     threading.Timer(0.7, os.kill, (next(iter(pids.values())), signal.SIGKILL)).start()
     assert np.array_equal(future.result(timeout=120), value)
     assert set(cluster.run(os.getpid).values()) != set(pids.values()), "no worker was lost"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_processes_make_chunks_anew(cluster, capsys):
+    """And show it in the terminal; what is persisted stays where it is. A bad chunk comes back as the error it is."""
+    distributed = pytest.importorskip("distributed")
+    params = setattn.init_isab(32, num_inducing=4, num_heads=4, rng=0)
+    x = source(0.0)[: 6 * CHUNK]
+    held, anew = (setattn.isab(x, params, plan=plan)[::1000] for plan in (None, ANEW))
+    value = cluster.compute(held).result(timeout=120)
+    future = cluster.compute(anew)
+    distributed.progress(future, notebook=False)
+    assert np.array_equal(future.result(timeout=120), value)
+    assert "100% Completed" in capsys.readouterr().out
+    stored = x.persist()
+    again = setattn.isab(stored, params, plan=ANEW)[::1000]
+    assert np.array_equal(cluster.compute(again).result(timeout=120), value)
+    bad = x.map_blocks(lambda a, block_id: a[:, 1:] if block_id == (2, 0) else a, dtype=x.dtype, meta=x._meta)
+    with pytest.raises(setattn.ShapeError, match=r"isab: argument 'chunk \(2, 0\) of x' has shape \(20000, 31\)"):
+        cluster.compute(setattn.isab(bad, params)).result(timeout=120)
 
 
 @pytest.mark.filterwarnings("ignore")  # of what an event loop has left undone
