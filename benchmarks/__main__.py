@@ -1,11 +1,11 @@
-"""``python -m benchmarks``: everything on the CPU; ``compare`` for two revisions; ``gpu``; ``imports``; ``stream``."""
+"""``python -m benchmarks``: everything on the CPU; the other commands stand in ``benchmarks/README.md``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("compare", "gpu", "imports", "stream")
+COMMANDS = ("cluster", "compare", "gpu", "imports", "stream")
 
 
 def main(arguments: list[str]) -> int:

@@ -35,11 +35,16 @@ class Plan(NamedTuple):
         How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
         each; needs the package threadpoolctl. The result is the same for any number above 1. Other libraries have
         threads of their own and ignore it.
+    recompute : bool, default False
+        Whether the chunks of Dask arrays are read or generated anew each time that a block goes through a set, rather
+        than held from one pass to the next. Where a set is larger than the memory of all workers, that is what keeps
+        them from writing chunks to disk. The chunks have to come out the same every time. Other libraries ignore it.
     """
 
     order: Order | None = None
     block_size: int | None = None
     threads: int = 1
+    recompute: bool = False
 
 
 class Block(NamedTuple):

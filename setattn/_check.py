@@ -224,7 +224,7 @@ def plan(call: Call, value: Any) -> Plan:
         return Plan()
     if not isinstance(value, Plan):
         raise OptionError(call.function, "plan", repr(value), "a setattn.Plan")
-    order, size, threads = value
+    order, size, threads, recompute = value
     if order is not None:
         if not isinstance(order, Order):
             raise OptionError(call.function, "plan.order", repr(order), "a setattn.Order")
@@ -233,6 +233,7 @@ def plan(call: Call, value: Any) -> Plan:
     if size is not None:
         integer(call.function, "plan.block_size", size)
     integer(call.function, "plan.threads", threads)
+    switch(call.function, "plan.recompute", recompute)
     if has_own_threads(call.xp):
         return value._replace(threads=1)
     if threads > 1 and not has_threads():

@@ -40,6 +40,7 @@ class Options(NamedTuple):
     eager: bool = True  # whether how an array lies in memory is ours to choose, not a compiler's
     lazy: bool = False  # whether the data are lazy arrays, to be computed chunk by chunk in the namespace of these
     attend: Callable[..., Array] | None = None  # stands in for attention, of whose context only a part is at hand
+    function: str = ""  # the public one, for errors that are found in a task
 
 
 def options(
@@ -56,7 +57,8 @@ def options(
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     lazy = call.chunks is not None
     xp = call.chunks if lazy else call.xp
-    return Options(xp, activation, eps, scale, check.plan(call, plan), call.half, call.eager, lazy)
+    given = check.plan(call, plan)
+    return Options(xp, activation, eps, scale, given, call.half, call.eager, lazy, function=call.function)
 
 
 def select(x: Array, mask: Array | None, xp: Namespace) -> Array:

@@ -39,7 +39,7 @@ class Device:
 class ndarray:  # noqa: N801, the name CuPy has for it
     """An array on the GPU."""
 
-    __array_ufunc__ = None
+    __module__ = "cupy"
 
     def __init__(self, host):
         self._host = host
@@ -54,6 +54,15 @@ class ndarray:  # noqa: N801, the name CuPy has for it
     @property
     def device(self):
         return Device()
+
+    def __array_function__(self, function, types, args, options):
+        """Do what CuPy does for NumPy's functions, by which Dask works on chunks."""
+        return getattr(sys.modules["cupy"], function.__name__)(*args, **options)
+
+    def __array_ufunc__(self, ufunc, method, *args, **options):
+        return (
+            getattr(sys.modules["cupy"], ufunc.__name__)(*args, **options) if method == "__call__" else NotImplemented
+        )
 
     def __array__(self, *args, **options):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
