@@ -48,7 +48,7 @@ one_thread = strategies.one_thread
 
 SINGLE = ("pma", "attention_pool", "cross_attention", "isab", "mab", "attention")
 ASKING = ("attention", "cross_attention", "mab")
-OTHERS = ("torch", "jax", "strict")
+OTHERS = ("torch", "jax", "strict", "cupy")
 cuts = st.lists(st.integers(0, 33), max_size=6)
 
 
