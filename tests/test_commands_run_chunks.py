@@ -97,6 +97,19 @@ def test_rows_that_attend_to_a_small_set(function, shared, say, small):
     assert np.allclose(np.load("y.npy"), block(x, y, mask=mask), atol=1e-6)
 
 
+@pytest.mark.parametrize("function", ["attention", "cross_attention", "mab"])
+def test_queries_of_all_sets(function, say, small):
+    """Queries without a batch are put to every set, whose elements come in chunks."""
+    block = setattn.Block(function, getattr(setattn, f"init_{function}")(8, num_heads=2, rng=0))
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 8), (3, 7, 8)))
+    save(block, x, y)
+    code, output, error = say(*call("--second", "second.npy"))
+    assert (code, error) == (0, "")
+    assert "chunks   of 0 MB of --second second.npy, gone through once" in output
+    assert np.allclose(np.load("y.npy"), block(x, y), atol=1e-6)
+
+
 def test_batches_of_batches_and_single_sets(say, small):
     params = setattn.init_pma(8, num_heads=2, num_seeds=3, rng=0)
     for shape in ((2, 3, 5, 8), (5, 8), (0, 5, 8), (2, 0, 8)):
@@ -246,6 +259,22 @@ def test_a_file_that_changes_leaves_nothing(function, change, folder, say, small
     assert sorted(path.name for path in folder.iterdir()) == [
         name for name in before if change == "cut" or name != "x.npy"
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits and sizes as Linux has them")
+def test_where_memory_ends(folder):
+    """A set that a limit on memory keeps out is refused in one line, and nothing is left behind."""
+    setattn.save(folder / "own.safetensors", setattn.Block("sab", setattn.init_mab(64, num_heads=1, rng=0)))
+    np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.float32, shape=(1_600_000, 64))  # 410 MB
+    before = sorted(path.name for path in folder.iterdir())
+    limit = (
+        "import pathlib, resource, setattn._commands._run\n"
+        "now = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 950_000_000,) * 2)"  # for two maps, and not for a copy
+    )
+    code, _, error = finish(start(folder, *call(), code=limit))
+    assert (code, error) == (2, "python -m setattn run: not enough memory for one set\n")
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,22 @@
 """What must hold of streams for any set, any chunks and any tree of merges.
 
-The numbers are those of the properties in the catalogue; the memory (62) and the drift of long streams are in
-tests/test_streaming.py, chunks of Dask arrays without a stream (55) in tests/test_dask.py.
+Properties of streams and of their distribution, by their numbers in the catalogue, and where they are tested:
+
+| | property | test |
+| --- | --- | --- |
+| 49 | the state of a union is the merge of states | any chunks, any tree: both within the bound of the exact value |
+| 50, 51, 52 | merging commutes, has an identity, is associative | a commutative monoid |
+| 53 | any chunks, of 0 and 1 elements among them | any chunks; every case in chunks (test_streaming.py) |
+| 54 | any tree of merges | any tree; long folds (test_streaming.py) |
+| 55 | any chunks of Dask arrays, and nothing computed | test_dask.py; nothing is computed (of a stream) |
+| 56 | finishing twice, and going on | a commutative monoid; states stay what they are (test_streaming.py) |
+| 57 | saved and loaded | a reloaded state; a process that is killed (test_streaming_sources.py) |
+| 58 | queries apart | queries may be streamed for apart; any chunks of rows |
+| 59 | pooling of every block | any chunks, of every function |
+| 60 | chunks of a set attention block are not one | a set attention block of chunks |
+| 61 | a machine | any history of states |
+| 62 | memory | memory does not grow (test_streaming.py), memory is flat (test_commands_run_chunks.py) |
+| 83 | a permuted stream | the order of a stream |
 """
 
 from __future__ import annotations
@@ -33,7 +48,7 @@ one_thread = strategies.one_thread
 
 SINGLE = ("pma", "attention_pool", "cross_attention", "isab", "mab", "attention")
 ASKING = ("attention", "cross_attention", "mab")
-OTHERS = ("torch", "jax", "strict")
+OTHERS = ("torch", "jax", "strict", "cupy")
 cuts = st.lists(st.integers(0, 33), max_size=6)
 
 

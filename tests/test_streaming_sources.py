@@ -572,6 +572,13 @@ def test_what_cannot_be_streamed():
         ),
         (("mab", MAB), {"context": X[..., :7]}, setattn.ShapeError, "mab: argument 'y' has shape (2, 50, 7)"),
         (("pma", PARAMS), {"mask": X}, setattn.OptionError, "'mask' is given; wanted it with each chunk"),
+        (("mab", MAB), {"queries": X, "pair_mask": MASK}, setattn.OptionError, "'pair_mask' is given; wanted none, as"),
+        (
+            ("attention_pool", setattn.init_attention_pool(8, num_heads=2, rng=0)),
+            {"key_positions": X},
+            setattn.OptionError,
+            "'key_positions' is given; wanted none, as a chunk brings a mask, and no more",
+        ),
         (("pma", PARAMS), {"batch": 3}, setattn.OptionError, "'batch' is 3; wanted a sequence of integers"),
         (("pma", PARAMS), {"first": -1}, setattn.OptionError, "'first' is -1; wanted an integer of at least 0"),
         (("pma", DEEP), {}, setattn.ParameterError, "pma: argument 'params' is a SetTransformer; wanted a setattn.PMA"),

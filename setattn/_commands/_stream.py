@@ -68,15 +68,17 @@ class Given(NamedTuple):
         Raises
         ------
         CommandError
-            If the file has changed since it was opened.
+            If the file has changed since it was opened, or cannot be read.
         """
         a = self.array
         if self.watched is not None:
             try:
                 self.watched.check(0)
+                a = np.lib.format.open_memmap(self.watched.path, mode="r")
             except SourceError as error:
                 raise CommandError(f"{self.name} has changed while it was read") from error
-            a = np.lib.format.open_memmap(self.watched.path, mode="r")
+            except OSError as error:
+                raise CommandError(f"{self.name} cannot be read: {error.strerror}") from error
         for key in keys:
             a = a[key]
         if self.dtype.kind == "i":  # a token that is too large for some libraries is in no table

@@ -137,7 +137,9 @@ def all_options(caller: str, name: str, given: dict[str, Any]) -> dict[str, Any]
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _WITH_CHUNKS}
     for option in given:
         if option not in known:
-            wanted = "it with each chunk" if option == "mask" else f"one of {name} in a stream: {', '.join(known)}"
+            wanted = f"one of {name} in a stream: {', '.join(known)}"
+            if option in _WITH_CHUNKS:
+                wanted = "it with each chunk" if option == "mask" else "none, as a chunk brings a mask, and no more"
             raise OptionError(caller, option, "given", wanted)
     plain = {option: value.item() if hasattr(value, "item") else value for option, value in given.items()}
     return known | plain
