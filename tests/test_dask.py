@@ -576,6 +576,7 @@ def cluster():
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Sending large graph")
+@pytest.mark.filterwarnings("ignore:Running on a single-machine scheduler")
 def test_two_processes_one_of_them_killed(cluster):
     """A cluster of two gives the bits of one process, and gives them although it loses a worker half way.
 
