@@ -377,7 +377,7 @@ def test_what_is_advised_of_a_set_is_sound(sets, n, size, dim):
 
 def test_what_is_advised_of_many_small_sets():
     (text,) = _sizes.of_one("x", (cuts(50_000, 1), (100,), (8,)), 4)
-    assert text.startswith("x is in 50000 chunks of 3.2 kB each")
+    assert text.startswith("x is in 50000 chunks of 3.2 kB each, which cost")
     (rows,) = re.findall(r"x\.rechunk\(\{0: (\d+)\}\)", text)
     assert not list(_sizes.of_one("x", (cuts(50_000, int(rows)), (100,), (8,)), 4))
 
@@ -392,6 +392,21 @@ def test_what_is_advised_of_two_sets_is_sound(sets, m, n, a, b):
         (of_x,), (of_y,) = (re.findall(rf"{name}\.rechunk\(\{{-2: (\d+)\}}\)", text) for name in "xy")
         better = [(s[0], cuts(size, int(rows)), s[2]) for s, size, rows in ((q, m, of_x), (y, n, of_y))]
         assert not list(_sizes.of_two(("x", "y"), *better))
+
+
+def test_what_is_advised_of_a_large_chunk_of_several_sets():
+    """First of all, fewer of them."""
+    sets = ((4, 4), (10_000,), (1000,), (64,))
+    (text,) = _sizes.of_one("x", sets, 4)
+    assert text == "a chunk of x has 10.2 GB; x.rechunk({1: 32}) makes it 32.8 MB"
+
+
+def test_what_is_advised_of_sizes_that_are_not_known():
+    unknown = ((3,), (math.nan,) * 200, (8,))
+    (text,) = _sizes.of_two(("x", "y"), unknown, unknown)
+    assert (
+        text == "200 chunks of x meet 200 of y in 40000 tasks; compute_chunk_sizes(), and then rechunk(), makes fewer"
+    )
 
 
 def test_users_are_warned_of_chunks():
