@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
@@ -97,6 +98,41 @@ def test_any_chunks(name, chunking):
     case = dataclasses.replace(case, options=case.options | {"plan": ANEW})
     anew = lazily(case.call, arrays, DASK.params(case.params, "float32"), masks)
     assert np.array_equal(compute(anew), result)
+
+
+@st.composite
+def anyhow(draw, n):
+    """Cut an axis anyhow, also into nothing at all here and there."""
+    points = sorted(draw(st.lists(st.integers(0, n), max_size=4)))
+    return tuple(b - a for a, b in itertools.pairwise([0, *points, n]))
+
+
+@given(st.data(), st.sampled_from(NAMES))
+def test_chunks_at_all(data, name):
+    """Of sets, batches, features and masks, each for itself."""
+    case, value, bound = cases.expected(name, "float32")
+
+    def cut_anyhow(a):
+        chunks = tuple(data.draw(anyhow(n)) for n in a.shape)
+        return da.from_array(a.astype("float32") if a.dtype.kind == "f" else a, chunks=chunks)
+
+    arrays, masks = tuple(map(cut_anyhow, case.arrays)), {key: cut_anyhow(m) for key, m in case.masks.items()}
+    case = dataclasses.replace(case, options=case.options | {"plan": data.draw(st.sampled_from([None, ANEW]))})
+    out = lazily(case.call, arrays, DASK.params(case.params, "float32"), masks)
+    result = compute(out)
+    assert (out.dtype, out.shape) == (result.dtype, result.shape)
+    tolerances.assert_close(result, value, bound, f"{case.function} float32")
+
+
+@pytest.mark.parametrize("plan", [None, ANEW], ids=["kept", "made anew"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_may_be_cut_where_its_set_is_not(name, plan):
+    case, value, bound = cases.expected(name, "float32")
+    arrays = tuple(cut(a, CHUNKINGS["one"]) for a in case.arrays)
+    masks = {key: cut(m, CHUNKINGS["all"]) for key, m in case.masks.items()}
+    case = dataclasses.replace(case, options=case.options | {"plan": plan})
+    result = compute(lazily(case.call, arrays, DASK.params(case.params, "float32"), masks))
+    tolerances.assert_close(result, value, bound, f"{case.function} float32")
 
 
 @pytest.mark.parametrize("name", list(seven()[1]))

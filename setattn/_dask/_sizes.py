@@ -13,7 +13,7 @@ from setattn._typing import Array
 Chunks: TypeAlias = Sequence[Sequence[int]]
 """The sizes of chunks on each axis; one that is not known is NaN."""
 
-LARGEST = 2**30  # bytes of a chunk, of which a worker holds a few at a time
+LARGEST = 2**31  # bytes of a chunk, of which a worker holds a few at a time
 SMALLEST = 2**20  # bytes of a chunk, on which a task spends as much time as the scheduler on the task
 MANY = 10_000  # tasks of a block, at a millisecond each
 GOOD = 2**25  # bytes of a chunk
