@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
                     f"{workers} workers, chunks of {chunk} {how}: {run['seconds']:.1f} s, {run['tasks']} tasks, "
                     f"{max(run['memory']):.0f} MB, {run['spilled']:.0f} MB written to disk"
                 )
-    path = args.out / f"{dt.datetime.now(dt.UTC):%Y-%m-%d}-cluster.json"
+    path = args.out / f"cluster-{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"recorded in {path}, drawn in {draw(results, args.out)}")
     return 0

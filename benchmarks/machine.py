@@ -15,7 +15,7 @@ from benchmarks.timing import cpu_count
 
 PACKAGES = (
     *("setattn", "numpy", "torch", "jax", "jaxlib", "torch_geometric", "perceiver-pytorch", "flamingo-pytorch"),
-    *("open-flamingo", "transformers", "diffusers", "cupy-cuda12x", "cupy-cuda13x"),
+    *("open-flamingo", "transformers", "diffusers", "cupy-cuda12x", "cupy-cuda13x", "dask", "distributed"),
 )
 
 

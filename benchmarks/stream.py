@@ -128,7 +128,7 @@ def seconds_to_make(args: argparse.Namespace) -> float:
 
 def record(run: dict[str, Any], folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Add a run to the file of the day, and return that with the runs of the same chunks before it."""
-    path = folder / f"{dt.datetime.now(dt.UTC):%Y-%m-%d}-stream.json"
+    path = folder / f"stream-{dt.datetime.now(dt.UTC):%Y-%m-%d}.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
     return path, [r for r in runs if all(r[key] == run[key] for key in ("elements", "chunk"))]

@@ -83,7 +83,7 @@ def table(backends: dict[str, Any], record: str) -> str:
 
 def measured() -> tuple[str, dict[str, Any]]:
     """Return the date and the results of the last run of the benchmarks."""
-    last = max(RESULTS.glob("*.json"))
+    last = max(RESULTS.glob("[0-9]*.json"))  # others are named after their command
     return last.stem, json.loads(last.read_text(encoding="utf-8"))
 
 

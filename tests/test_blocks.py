@@ -347,6 +347,7 @@ def test_threads_need_a_package(monkeypatch):
         (Plan(block_size=2.0), r"plan\.block_size"),
         (Plan(threads=0), r"plan\.threads"),
         (Plan(threads=True), r"plan\.threads"),
+        (Plan(recompute=1), r"plan\.recompute"),
     ],
 )
 def test_plans_that_are_none(plan, argument):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
@@ -97,6 +98,41 @@ def test_any_chunks(name, chunking):
     case = dataclasses.replace(case, options=case.options | {"plan": ANEW})
     anew = lazily(case.call, arrays, DASK.params(case.params, "float32"), masks)
     assert np.array_equal(compute(anew), result)
+
+
+@st.composite
+def anyhow(draw, n):
+    """Cut an axis anyhow, also into nothing at all here and there."""
+    points = sorted(draw(st.lists(st.integers(0, n), max_size=4)))
+    return tuple(b - a for a, b in itertools.pairwise([0, *points, n]))
+
+
+@given(st.data(), st.sampled_from(NAMES))
+def test_chunks_at_all(data, name):
+    """Of sets, batches, features and masks, each for itself."""
+    case, value, bound = cases.expected(name, "float32")
+
+    def cut_anyhow(a):
+        chunks = tuple(data.draw(anyhow(n)) for n in a.shape)
+        return da.from_array(a.astype("float32") if a.dtype.kind == "f" else a, chunks=chunks)
+
+    arrays, masks = tuple(map(cut_anyhow, case.arrays)), {key: cut_anyhow(m) for key, m in case.masks.items()}
+    case = dataclasses.replace(case, options=case.options | {"plan": data.draw(st.sampled_from([None, ANEW]))})
+    out = lazily(case.call, arrays, DASK.params(case.params, "float32"), masks)
+    result = compute(out)
+    assert (out.dtype, out.shape) == (result.dtype, result.shape)
+    tolerances.assert_close(result, value, bound, f"{case.function} float32")
+
+
+@pytest.mark.parametrize("plan", [None, ANEW], ids=["kept", "made anew"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_may_be_cut_where_its_set_is_not(name, plan):
+    case, value, bound = cases.expected(name, "float32")
+    arrays = tuple(cut(a, CHUNKINGS["one"]) for a in case.arrays)
+    masks = {key: cut(m, CHUNKINGS["all"]) for key, m in case.masks.items()}
+    case = dataclasses.replace(case, options=case.options | {"plan": plan})
+    result = compute(lazily(case.call, arrays, DASK.params(case.params, "float32"), masks))
+    tolerances.assert_close(result, value, bound, f"{case.function} float32")
 
 
 @pytest.mark.parametrize("name", list(seven()[1]))
@@ -377,7 +413,7 @@ def test_what_is_advised_of_a_set_is_sound(sets, n, size, dim):
 
 def test_what_is_advised_of_many_small_sets():
     (text,) = _sizes.of_one("x", (cuts(50_000, 1), (100,), (8,)), 4)
-    assert text.startswith("x is in 50000 chunks of 3.2 kB each")
+    assert text.startswith("x is in 50000 chunks of 3.2 kB each, which cost")
     (rows,) = re.findall(r"x\.rechunk\(\{0: (\d+)\}\)", text)
     assert not list(_sizes.of_one("x", (cuts(50_000, int(rows)), (100,), (8,)), 4))
 
@@ -392,6 +428,21 @@ def test_what_is_advised_of_two_sets_is_sound(sets, m, n, a, b):
         (of_x,), (of_y,) = (re.findall(rf"{name}\.rechunk\(\{{-2: (\d+)\}}\)", text) for name in "xy")
         better = [(s[0], cuts(size, int(rows)), s[2]) for s, size, rows in ((q, m, of_x), (y, n, of_y))]
         assert not list(_sizes.of_two(("x", "y"), *better))
+
+
+def test_what_is_advised_of_a_large_chunk_of_several_sets():
+    """First of all, fewer of them."""
+    sets = ((4, 4), (10_000,), (1000,), (64,))
+    (text,) = _sizes.of_one("x", sets, 4)
+    assert text == "a chunk of x has 10.2 GB; x.rechunk({1: 32}) makes it 32.8 MB"
+
+
+def test_what_is_advised_of_sizes_that_are_not_known():
+    unknown = ((3,), (math.nan,) * 200, (8,))
+    (text,) = _sizes.of_two(("x", "y"), unknown, unknown)
+    assert (
+        text == "200 chunks of x meet 200 of y in 40000 tasks; compute_chunk_sizes(), and then rechunk(), makes fewer"
+    )
 
 
 def test_users_are_warned_of_chunks():
@@ -576,6 +627,7 @@ def cluster():
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Sending large graph")
+@pytest.mark.filterwarnings("ignore:Running on a single-machine scheduler")
 def test_two_processes_one_of_them_killed(cluster):
     """A cluster of two gives the bits of one process, and gives them although it loses a worker half way.
 

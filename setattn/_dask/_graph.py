@@ -41,12 +41,14 @@ class Inputs:
         batch = tuple(f"batch {i}" for i in range(len(x.shape) - 2))
         self.batch = max(self.batch, batch, key=len)
         places: dict[str, Any] = {"elements": self.add(x, *batch, rows, f"{rows} features", part="elements")}
+        whole = len(x.chunks[-2]) == 1  # then all that belongs to the elements is in one chunk with them
         for name, axes in (("mask", (rows,)), ("pair_mask", ("m", rows)), ("bias", (rows,))):
             if (array := getattr(c, name)) is not None:
+                array = array.rechunk({-1: -1}) if whole else array
                 places |= {name: self.add(array, *batch, *axes, part=name)}
         if (keys := c.key_positions) is not None:
             own = batch[: len(keys.shape) - 2]
-            keys = keys.rechunk({-1: -1})
+            keys = keys.rechunk({-1: -1} | ({-2: -1} if whole else {}))
             places |= {"key_positions": self.add(keys, *own, rows, f"{rows} keys", part="key_positions")}
         if isinstance(c.embedding, InputEmbedding):
             places |= {"embedding": self.embedding(c.embedding, rows, x.chunks[-2])}

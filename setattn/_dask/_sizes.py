@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from setattn._dask._faults import names_of
 from setattn._typing import Array
@@ -13,7 +13,7 @@ from setattn._typing import Array
 Chunks: TypeAlias = Sequence[Sequence[int]]
 """The sizes of chunks on each axis; one that is not known is NaN."""
 
-LARGEST = 2**30  # bytes of a chunk, of which a worker holds a few at a time
+LARGEST = 2**31  # bytes of a chunk, of which a worker holds a few at a time
 SMALLEST = 2**20  # bytes of a chunk, on which a task spends as much time as the scheduler on the task
 MANY = 10_000  # tasks of a block, at a millisecond each
 GOOD = 2**25  # bytes of a chunk
@@ -44,16 +44,23 @@ def of_one(name: str, chunks: Chunks, itemsize: int) -> Iterator[str]:
             f"the features of {name} are in {len(chunks[-1])} chunks, and all its {_bytes(total)} are moved to put "
             f"them together; store {name}.rechunk({{-1: -1}}) and start from there"
         )
-    if size > LARGEST and max(chunks[-2]) > 1:
-        better = max(1, max(chunks[-2]) * GOOD // size)
-        yield f"a chunk of {name} has {_bytes(size)}; {name}.rechunk({{-2: {better}}}) makes it {_bytes(GOOD)}"
+    largest = [max(sizes, default=0) for sizes in chunks]
+    if size > LARGEST and max(largest[:-1]) > 1:
+        axis = _longest(largest[:-2]) if max(largest[:-2], default=1) > 1 else -2  # whole sets, if there are several
+        better = max(1, largest[axis] * GOOD // size)
+        then = _bytes(size * better / largest[axis])
+        yield f"a chunk of {name} has {_bytes(size)}; {name}.rechunk({{{axis}: {better}}}) makes it {then}"
     if count > MANY and 0 < total < SMALLEST * count:
-        axis = -2 if len(chunks[-2]) > 1 else max(range(len(chunks) - 2), key=lambda i: len(chunks[i]), default=-2)
+        axis = -2 if len(chunks[-2]) > 1 else _longest([len(sizes) for sizes in chunks[:-2]])
         better = math.ceil(sum(chunks[axis]) * min(1.0, GOOD * count / total / len(chunks[axis])))
         yield (
             f"{name} is in {count} chunks of {_bytes(total / count)} each, which cost the scheduler more time than "
             f"they take; {name}.rechunk({{{axis}: {better}}}) makes fewer"
         )
+
+
+def _longest(sizes: Sequence[int]) -> int:
+    return max(range(len(sizes)), key=lambda i: sizes[i])
 
 
 def of_two(names: tuple[str, str], q: Chunks, y: Chunks) -> Iterator[str]:
@@ -63,17 +70,16 @@ def of_two(names: tuple[str, str], q: Chunks, y: Chunks) -> Iterator[str]:
     if min(m, n) == 1 or tasks <= MANY:
         return
     fewer = math.sqrt(MANY / tasks)
-    yield (
-        f"{m} chunks of {a} meet {n} of {b} in {tasks} tasks; "
-        + " and ".join(f"{name}.rechunk({{-2: {_rows(chunks, fewer)}}})" for name, chunks in {a: q, b: y}.items())
-        + " makes fewer"
-    )
+    better = [f"{name}.rechunk({{-2: {_rows(chunks[-2], fewer)}}})" for name, chunks in {a: q, b: y}.items()]
+    known = all(size == size for chunks in (q, y) for size in chunks[-2])
+    advice = " and ".join(better) if known else "compute_chunk_sizes(), and then rechunk(),"
+    yield f"{m} chunks of {a} meet {n} of {b} in {tasks} tasks; {advice} makes fewer"
 
 
-def _rows(chunks: Chunks, fewer: float) -> Any:
+def _rows(sizes: Sequence[int], fewer: float) -> int | float:
     """Return how many rows a chunk has where there are a fraction of as many chunks."""
-    total = sum(chunks[-2])
-    return "more rows" if total != total else math.ceil(total / max(1, int(fewer * len(chunks[-2]))))
+    count = max(1, int(fewer * len(sizes)))
+    return -(-sum(sizes) // count)
 
 
 def _bytes(size: float) -> str:
