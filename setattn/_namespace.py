@@ -220,12 +220,13 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     OpenBLAS raises some of them for lanes that it pads a small matrix with and then discards: they depend on what the
     memory held before, and say nothing of the product.
     """
-    if name_of(xp) == "jax" and (sharding := _sharding_of_product(a, b)):
+    name = name_of(xp)
+    if name == "numpy":
+        with np.errstate(all="ignore"):
+            return xp.matmul(a, b)
+    if name == "jax" and (sharding := _sharding_of_product(a, b)):
         return xp.matmul(a, b, out_sharding=sharding)
-    if name_of(xp) != "numpy":
-        return xp.matmul(a, b)
-    with np.errstate(all="ignore"):
-        return xp.matmul(a, b)
+    return xp.matmul(a, b)
 
 
 def _sharding_of_product(a: Array, b: Array) -> Any:

@@ -285,7 +285,7 @@ def test_memory_is_divided(backend):
 
 def test_outside_of_jit(backend):
     """Sharded arrays need not be compiled; they are not cut into blocks, which would be sent around."""
-    function, x, mask, params, *_ = example("isab", n=8192)
+    function, x, mask, params, *_ = example("isab", n=4096)
     sharding = NamedSharding(mesh_of(set=4), P(None, "set"))
     y = function(jax.device_put(x, sharding), jax.device_put(mask, sharding), params)
     assert y.sharding.is_equivalent_to(sharding, 3)
