@@ -66,14 +66,19 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
 def merge_states(a: State, b: State, xp: Namespace) -> State:
     """Merge the states of two parts of a set, in either order."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
-    a, b = relative_to(largest, a, xp), relative_to(largest, b, xp)
-    return State(largest, a.total + b.total, into("add", a.weighted, b.weighted, xp))
+    shift = _finite(largest, xp)
+    (a_total, a_weighted), (b_total, b_weighted) = _sums(a, shift, xp), _sums(b, shift, xp)
+    return State(largest, a_total + b_total, into("add", a_weighted, b_weighted, xp))
 
 
 def relative_to(largest: Array, state: State, xp: Namespace) -> State:
     """Express a state by the largest score of more than its own part of a set: such states are added up."""
-    w = xp.exp(state.largest - _finite(largest, xp))
-    return State(largest, state.total * w, state.weighted * w)
+    return State(largest, *_sums(state, _finite(largest, xp), xp))
+
+
+def _sums(state: State, shift: Array, xp: Namespace) -> tuple[Array, Array]:
+    w = xp.exp(state.largest - shift)
+    return state.total * w, state.weighted * w
 
 
 def finish(state: State, xp: Namespace) -> Array:
