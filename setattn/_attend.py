@@ -142,8 +142,7 @@ def by_queries(
     dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)
     m, width, n = x.shape[-2], max(x.shape[-1], dim, heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
-    if n < m and n <= _SHORT:
-        size = rows_in_a_block(o.plan, x, numbers, o.xp)
-        if size is not None and n <= size < m:
-            y = ready(y, o)
+    size = rows_in_a_block(o.plan, x, numbers, o.xp)
+    if size is not None and n <= size < m and n <= _SHORT:
+        y = ready(y, o)
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)

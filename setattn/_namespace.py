@@ -507,9 +507,11 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
 
 
 def at_least(x: Array, limit: float, xp: Namespace) -> Array:
-    """Compute ``max(x, limit)`` in the same way, of NaN a NaN."""
+    """Compute ``max(x, limit)``, of NaN a NaN."""
     if isinstance(xp, _NumPy):
         return np.maximum(x, x.dtype.type(limit))
+    if name_of(xp) == "jax":  # XLA computes a sum twice that is compared and then selected
+        return sys.modules["jax"].numpy.maximum(x, limit)
     return x.clamp(limit) if isinstance(xp, _Torch) else xp.where(x < limit, limit, x)
 
 

@@ -30,7 +30,7 @@ _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
 
 
-_fitting: set[tuple[Any, ...]] = set()
+_fitting: set[tuple[Any, ...]] = set()  # what is known of parameters that fitted: nothing of their numbers
 _MOST = 256
 
 
