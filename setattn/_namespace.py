@@ -400,8 +400,10 @@ def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     if not isinstance(xp, _Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
-        least, largest = x.detach().aminmax()
-        return float(largest) <= limit and float(least) >= -limit
+        least, largest = map(float, x.detach().aminmax())
+        if largest != largest:  # NaN makes its own row NaN in any way, and must not choose the way of other sets
+            least, largest = map(float, x.detach().nan_to_num(0.0, math.inf, -math.inf).aminmax())
+        return largest <= limit and least >= -limit
     except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
         return False
 
