@@ -14,6 +14,7 @@ from setattn._state import (
     finish,
     head_counts,
     make_state,
+    merge_blocks,
     merge_states,
     of_values,
     order_of,
@@ -81,7 +82,7 @@ def _state_of_one(query: Array, context: Context, p: Attention, o: Options, log_
     q = queries(query, context, p, order, o, log_n)
     blocks = [context] if cuts is None else [context.part(c) for c in cuts]
     states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
-    return of_values(fold(lambda a, b: merge_states(a, b, o.xp), states), order, p, o.xp)
+    return of_values(fold(lambda a, b: merge_blocks(a, b, o.xp), states), order, p, o.xp)
 
 
 def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attention]:

@@ -216,14 +216,15 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
         return xp.matmul(a, b)
 
 
-_CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
+_CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 12 * 2**20, 256 * 2**20
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:
     """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
 
-    On a CPU, what a core's share of the caches holds; on a GPU, enough for a kernel to be busy with. A loop that is
-    traced becomes as many copies of its body, and Dask has blocks of its own.
+    On a CPU, what a core's share of the caches holds, or, where each operation is spread over the cores, their shares
+    together; on a GPU, enough for a kernel to be busy with. A loop that is traced becomes as many copies of its body,
+    and Dask has blocks of its own.
     """
     name = name_of(xp)
     if name == "dask":
@@ -232,7 +233,7 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
         jax = sys.modules["jax"]
         return None if isinstance(x, jax.core.Tracer) else _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
     if name == "torch":
-        return None if xp.compiler.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
+        return None if xp.compiler.is_compiling() else _CACHES if x.device.type == "cpu" else _GPU_MEMORY
     return _GPU_MEMORY if name == "cupy" else _CACHE
 
 
@@ -273,6 +274,9 @@ def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
     name = name_of(xp)
+    if name == "numpy" and x.flags.c_contiguous:
+        with np.errstate(all="ignore"):  # the sum of squares, a product of BLAS, is faster than both ends
+            return x.size > 0 and bool(np.vdot(x, x) <= limit * limit)
     if name == "numpy":
         return x.size > 0 and bool(x.max() <= limit and x.min() >= -limit)
     if name != "torch" or xp.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
@@ -326,6 +330,20 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
         return xp.vecdot(x, x)[..., None] / x.shape[-1]
 
 
+_LONG = 4096  # numbers that NumPy adds up in pairs
+
+
+def row_sum(x: Array, xp: Namespace) -> Array:
+    """Sum the last axis, and keep it: NumPy's products with ones are faster than its sum, and as exact if not long."""
+    n = x.shape[-1]
+    if name_of(xp) != "numpy" or not 0 < n <= _LONG:
+        return xp.sum(x, axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        if x.strides[-1] == x.itemsize:
+            return np.vecdot(x, np.ones(n, dtype=x.dtype))[..., None]
+        return np.matrix_transpose(np.matmul(np.ones((1, n), dtype=x.dtype), np.matrix_transpose(x)))
+
+
 def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
     """Normalise rows by a kernel of the library, if it has one, whose rounding is that of a number beside the mean.
 
@@ -338,10 +356,10 @@ def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float
 
 
 def relu(x: Array, xp: Namespace) -> Array:
-    """Compute ``max(x, 0)``, of NaN a NaN; ``where`` takes several times as long where it is not compiled."""
+    """Compute ``max(x, 0)``, of NaN a NaN, of a result that is needed no more; ``where`` takes several times as long."""
     if name_of(xp) == "torch":
-        return x.relu()
-    return np.maximum(x, x.dtype.type(0)) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
+        return x.relu_() if _writes(xp) else x.relu()
+    return np.maximum(x, x.dtype.type(0), out=x) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

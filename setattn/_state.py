@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from setattn._context import Context, mark
 from setattn._layers import Options, linear, norm, scale_by_length, select
-from setattn._namespace import exp_into, into, like_rows, matmul
+from setattn._namespace import exp_into, into, like_rows, matmul, row_sum
 from setattn._order import Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
 from setattn._typing import Array, Namespace
@@ -44,7 +44,7 @@ def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     s = _scores(q, context, p, o)
     largest = _largest(s, xp)
     e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
-    total = xp.sum(e, axis=-1, keepdims=True)
+    total = row_sum(e, xp)
     if q.order.values == "carry_weights":
         weighted = _weighted_elements(e, context, xp)
     else:
@@ -65,10 +65,22 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
 
 def merge_states(a: State, b: State, xp: Namespace) -> State:
     """Merge the states of two parts of a set, in either order."""
+    largest, wa, wb = _common(a, b, xp)
+    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
+
+
+def merge_blocks(a: State, b: State, xp: Namespace) -> State:
+    """Merge the states of two blocks of the same set, that are needed no more, in the memory of the first."""
+    largest, wa, wb = _common(a, b, xp)
+    weighted = into("add", into("multiply", a.weighted, wa, xp), into("multiply", b.weighted, wb, xp), xp)
+    return State(largest, a.total * wa + b.total * wb, weighted)
+
+
+def _common(a: State, b: State, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return the largest score of both parts, and what the sums of each are multiplied with to be relative to it."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
     shift = _finite(largest, xp)
-    wa, wb = xp.exp(a.largest - shift), xp.exp(b.largest - shift)
-    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
+    return largest, xp.exp(a.largest - shift), xp.exp(b.largest - shift)
 
 
 def finish(state: State, xp: Namespace) -> Array:
@@ -84,7 +96,7 @@ def softmax_weights(q: Queries, context: Context, p: Attention, o: Options) -> A
     xp = o.xp
     s = _scores(q, context, p, o)
     e = exp_into(into("subtract", s, _finite(_largest(s, xp), xp), xp), xp)
-    return into("divide", e, _nonzero(xp.sum(e, axis=-1, keepdims=True), xp), xp)
+    return into("divide", e, _nonzero(row_sum(e, xp), xp), xp)
 
 
 def attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> Array:
