@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -237,6 +239,37 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
     return _GPU_MEMORY if name == "cupy" else _CACHE
 
 
+class Span(NamedTuple):
+    """A part of an axis that begins where a loop has got to."""
+
+    start: Array
+    size: int
+
+
+def part_of(a: Array, axis: int, cut: slice | Span) -> Array:
+    """Take a part of an axis."""
+    if isinstance(cut, Span):
+        return sys.modules["jax"].lax.dynamic_slice_in_dim(a, cut.start, cut.size, axis)
+    return a[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)]
+
+
+def loop_bytes(x: Array, xp: Namespace) -> int | None:
+    """Return how much memory a block of ``x`` may take in a loop that is traced once, or ``None`` where there is none.
+
+    Inside ``jax.jit`` on a CPU. Elsewhere what has been traced would be compiled anew in every call.
+    """
+    if name_of(xp) != "jax":
+        return None
+    jax = sys.modules["jax"]
+    compiled = isinstance(x, jax.interpreters.partial_eval.DynamicJaxprTracer) and jax.default_backend() == "cpu"
+    return _CACHE if compiled else None
+
+
+def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
+    """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
+    return sys.modules["jax"].lax.map(function, xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32))
+
+
 def has_own_threads(xp: Namespace) -> bool:
     """Say whether a library spreads each operation over threads by itself."""
     return name_of(xp) != "numpy"
@@ -288,17 +321,25 @@ def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     return largest <= limit and least >= -limit
 
 
-def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
+_IN_PLACE_OF: dict[str, Callable[[Array, Array], Array]] = {
+    "add": operator.iadd,
+    "subtract": operator.isub,
+    "multiply": operator.imul,
+    "divide": operator.itruediv,
+}
+
+
+def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
     """Compute an operation of two arrays in the memory of the first, an intermediate result that is needed no more.
 
     Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
     """
-    function = getattr(xp, operation)
+    function = getattr(xp, name)
     if name_of(xp) in ("numpy", "cupy"):
         return function(a, b, out=a)
     if _writes(xp):
         with contextlib.suppress(RuntimeError):  # of torch.func.vmap, where b has an axis that a has not
-            return getattr(a, f"{operation}_")(b)
+            return _IN_PLACE_OF[name](a, b)
     return function(a, b)
 
 
@@ -345,9 +386,10 @@ def row_sum(x: Array, xp: Namespace) -> Array:
 
 
 def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
-    """Normalise rows by a kernel of the library, if it has one, whose rounding is that of a number beside the mean.
+    """Normalise rows by a kernel of the library, if it has one.
 
-    It subtracts the mean as a last step: rows whose numbers are large beside their spread are not for it.
+    PyTorch's takes the mean off numbers that it has already divided by the deviation, which costs digits where they are
+    far from 0: it is for rows from which something like their mean has been subtracted before.
     """
     if name_of(xp) != "torch" or eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
         return None
@@ -356,7 +398,7 @@ def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float
 
 
 def relu(x: Array, xp: Namespace) -> Array:
-    """Compute ``max(x, 0)``, of NaN a NaN, of a result that is needed no more; ``where`` takes several times as long."""
+    """Compute ``max(x, 0)``, of NaN a NaN, of a result that is needed no more; ``where`` takes several times longer."""
     if name_of(xp) == "torch":
         return x.relu_() if _writes(xp) else x.relu()
     return np.maximum(x, x.dtype.type(0), out=x) if name_of(xp) == "numpy" else xp.where(x <= 0, 0.0, x)
