@@ -15,6 +15,7 @@ from setattn._state import (
     attend_at_once,
     finish,
     make_state,
+    merge_blocks,
     merge_states,
     of_values,
     order_of,
@@ -109,7 +110,7 @@ def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Opt
     else:
         blocks = [context.part(c) for c in way.cuts]
         states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
-        state = fold(lambda a, b: merge_states(a, b, o.xp), states)
+        state = fold(lambda a, b: merge_blocks(a, b, o.xp), states)
     return of_values(state, way.order, p, o.xp)
 
 

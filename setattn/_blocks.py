@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from setattn._namespace import block_bytes, put, room
+from setattn._namespace import Span, block_bytes, loop_bytes, part_of, put, repeat, room
 from setattn._order import Order
 from setattn._threads import run
 from setattn._typing import Array, Namespace
@@ -29,8 +29,8 @@ class Plan(NamedTuple):
         multiplications.
     block_size : int, optional
         How many elements of a set are worked through at a time; by default as many as keep the block in cache (on a
-        GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set is one block
-        unless a size is given here.
+        GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set that is
+        attended to is one block unless a size is given here, and so are rows of a result, but for ``jax.jit`` on a CPU.
     threads : int, default 1
         How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
         each; needs the package threadpoolctl. The result is the same for any number above 1. Other libraries have
@@ -51,15 +51,11 @@ class Block(NamedTuple):
     """A part of one axis of arrays that have this axis in common."""
 
     axis: int  # of the batch, counted from the first; or -1, that of the rows
-    cut: slice
+    cut: slice | Span
 
     def of(self, a: Array | None, after: int = 0) -> Array | None:
         """Take the part of an array that has ``after`` axes after the one of the rows."""
-        if a is None:
-            return None
-        if self.axis >= 0:
-            return a[(slice(None),) * self.axis + (self.cut, ...)]
-        return a[(..., self.cut) + (slice(None),) * after]
+        return None if a is None else part_of(a, self.axis if self.axis >= 0 else -1 - after, self.cut)
 
 
 def cut(size: int, most: int) -> list[slice]:
@@ -96,12 +92,31 @@ def by_rows(
     *batch, m, _ = x.shape
     size = rows_in_a_block(plan, x, numbers, xp)
     if size is None:
-        return function(x, None)
+        return _in_a_loop(function, x, numbers, xp)
     axis, most = (-1, size) if m > size else sets_in_a_block(batch, m * numbers, x, xp)
     if axis is None:
         return function(x, None)
     cuts = cut(m if axis < 0 else batch[axis], most)
     return _assemble(lambda c: function(Block(axis, c).of(x, 1), Block(axis, c)), cuts, axis, xp, plan.threads)
+
+
+def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbers: int, xp: Namespace) -> Array:
+    """Compute the same by a loop that is traced once, where there is one, and else for all rows at once."""
+    m, budget = x.shape[-2], loop_bytes(x, xp)
+    if budget is None or not isinstance(m, int) or m <= (most := max(LEAST, budget // (4 * numbers))):
+        return function(x, None)
+
+    def block(cut: slice | Span) -> Array:
+        return function(part_of(x, -2, cut), Block(-1, cut))
+
+    # Parts of one size that leave no rest need not be laid end to end with it.
+    size = next((size for size in range(most, most // 2, -1) if m % size == 0), most)
+    whole = m - m % size
+    out = repeat(lambda start: block(Span(start, size)), range(0, whole, size), xp)
+    _, *batch, _, dim = out.shape  # what is attended to may have more of a batch than x
+    rows = len(batch) + 1
+    out = xp.reshape(xp.permute_dims(out, (*range(1, rows), 0, rows, rows + 1)), (*batch, whole, dim))
+    return out if whole == m else xp.concat([out, block(slice(whole, m))], axis=-2)
 
 
 def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: Namespace, threads: int) -> Array:

@@ -9,7 +9,7 @@ from setattn._blocks import Block
 from setattn._call import widen
 from setattn._embedding import embed, rows_for
 from setattn._layers import AnyNorm, Options, enter, norm, select
-from setattn._namespace import count, creation_device
+from setattn._namespace import Span, count, creation_device, part_of
 from setattn._params import InputEmbedding, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -28,15 +28,15 @@ class Context(NamedTuple):
     length: Array | int | None = None  # (...), how many elements take part of which these are some
     key_positions: Array | None = None  # (n, dim) or (..., n, dim), added last, to what keys come from alone
 
-    def part(self, elements: slice) -> Context:
+    def part(self, elements: slice | Span) -> Context:
         """Take some of the elements."""
         return self._replace(
-            elements=self.elements[..., elements, :],
-            mask=None if self.mask is None else self.mask[..., elements],
-            pair_mask=None if self.pair_mask is None else self.pair_mask[..., elements],
-            bias=None if self.bias is None else self.bias[..., elements],
+            elements=part_of(self.elements, -2, elements),
+            mask=None if self.mask is None else part_of(self.mask, -1, elements),
+            pair_mask=None if self.pair_mask is None else part_of(self.pair_mask, -1, elements),
+            bias=None if self.bias is None else part_of(self.bias, -1, elements),
             embedding=rows_for(self.embedding, elements) if isinstance(self.embedding, InputEmbedding) else (),
-            key_positions=None if self.key_positions is None else self.key_positions[..., elements, :],
+            key_positions=None if self.key_positions is None else part_of(self.key_positions, -2, elements),
         )
 
     def block(self, b: Block | None) -> Context:

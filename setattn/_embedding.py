@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from setattn._layers import Options, enter, linear, select
-from setattn._namespace import rows_of
+from setattn._namespace import Span, part_of, rows_of
 from setattn._params import InputEmbedding, is_absent
 from setattn._typing import Array
 
 
-def rows_for(p: InputEmbedding, places: slice) -> InputEmbedding:
+def rows_for(p: InputEmbedding, places: slice | Span) -> InputEmbedding:
     """Take the rows of the tables that belong to some of the places in a set."""
     return p._replace(
-        position=p.position if is_absent(p.position) else p.position[places, :],
-        features=p.features if is_absent(p.features) else p.features[places, :],
+        position=p.position if is_absent(p.position) else part_of(p.position, 0, places),
+        features=p.features if is_absent(p.features) else part_of(p.features, 0, places),
     )
 
 

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -377,14 +378,15 @@ def is_about_explicit_axes(error: Exception) -> bool:
     return type(error).__name__ in ("ShardingTypeError", "DuplicateSpecError")
 
 
-_CACHE, _GPU_MEMORY = 4 * 2**20, 256 * 2**20
+_CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 12 * 2**20, 256 * 2**20
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:
     """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
 
-    On a CPU, what a core's share of the caches holds; on a GPU, enough for a kernel to be busy with. A loop that is
-    traced becomes as many copies of its body, a block of an array over several devices would have to be sent around,
+    On a CPU, what a core's share of the caches holds, or, where each operation is spread over the cores, their shares
+    together; on a GPU, enough for a kernel to be busy with. A loop that is traced becomes as many copies of its body, a
+    block of an array over several devices would have to be sent around,
     and Dask has blocks of its own.
     """
     if isinstance(xp, _NumPy):
@@ -398,8 +400,40 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
             return None
         return _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
     if name == "torch":
-        return None if xp.is_compiling() else _CACHE if x.device.type == "cpu" else _GPU_MEMORY
+        return None if xp.is_compiling() else _CACHES if x.device.type == "cpu" else _GPU_MEMORY
     return _GPU_MEMORY if name == "cupy" else _CACHE
+
+
+class Span(NamedTuple):
+    """A part of an axis that begins where a loop has got to."""
+
+    start: Array
+    size: int
+
+
+def part_of(a: Array, axis: int, cut: slice | Span) -> Array:
+    """Take a part of an axis."""
+    if isinstance(cut, Span):
+        return sys.modules["jax"].lax.dynamic_slice_in_dim(a, cut.start, cut.size, axis)
+    return a[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)]
+
+
+def loop_bytes(x: Array, xp: Namespace) -> int | None:
+    """Return how much memory a block of ``x`` may take in a loop that is traced once, or ``None`` where there is none.
+
+    Inside ``jax.jit`` on one CPU device. With several, rows may be spread over them, which the trace does not tell, and a
+    loop would send them around; outside, what has been traced would be compiled anew in every call.
+    """
+    if name_of(xp) != "jax":
+        return None
+    jax = sys.modules["jax"]
+    compiled = isinstance(x, jax.interpreters.partial_eval.DynamicJaxprTracer)
+    return _CACHE if compiled and jax.default_backend() == "cpu" and jax.device_count() == 1 else None
+
+
+def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
+    """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
+    return sys.modules["jax"].lax.map(function, xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32))
 
 
 def has_own_threads(xp: Namespace) -> bool:
@@ -439,29 +473,41 @@ def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
     if isinstance(xp, _NumPy):
+        if x.flags.c_contiguous:  # the sum of squares, a product of BLAS, is faster than both ends
+            return bool(np.vdot(x, x) <= limit * limit)
         least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
         return bool(largest <= limit and least >= -limit)
     if not isinstance(xp, _Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
-        least, largest = x.detach().aminmax()
-        return float(largest) <= limit and float(least) >= -limit
+        least, largest = map(float, x.detach().aminmax())
+        if largest != largest:  # NaN makes its own row NaN in any way, and must not choose the way of other sets
+            least, largest = map(float, x.detach().nan_to_num(0.0, math.inf, -math.inf).aminmax())
+        return largest <= limit and least >= -limit
     except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
         return False
 
 
-def into(operation: str, a: Array, b: Array, xp: Namespace) -> Array:
+_IN_PLACE_OF: dict[str, Callable[[Array, Array], Array]] = {
+    "add": operator.iadd,
+    "subtract": operator.isub,
+    "multiply": operator.imul,
+    "divide": operator.itruediv,
+}
+
+
+def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
     """Compute an operation of two arrays in the memory of the first, an intermediate result that is needed no more.
 
     Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
     """
-    function = getattr(xp, operation)
+    function = getattr(xp, name)
     if isinstance(xp, _Written):
         return function(a, b, out=a)
     if not _writes(xp):
         return function(a, b)
     try:
-        return getattr(a, f"{operation}_")(b)
+        return _IN_PLACE_OF[name](a, b)
     except RuntimeError:  # of torch.func.vmap, where b has an axis that a has not
         return function(a, b)
 
@@ -478,11 +524,15 @@ def _writes(xp: Namespace) -> bool:
     return isinstance(xp, _Torch) and not xp.is_grad_enabled() and not xp.is_compiling()
 
 
+_LONG = 4096  # numbers that NumPy adds up in pairs
+
+
 def row_sum(x: Array, xp: Namespace) -> Array:
-    """Add up the last axis, and keep it: a product of BLAS is the fastest way over NumPy's arrays, of any strides."""
-    if not isinstance(xp, _NumPy):
+    """Sum the last axis, and keep it: NumPy's products with ones are faster than its sum, and as exact if not long."""
+    n = x.shape[-1]
+    if not isinstance(xp, _NumPy) or not 0 < n <= _LONG:
         return xp.sum(x, axis=-1, keepdims=True)
-    return xp.matmul(x, _ones(x.shape[-1], x.dtype)[:, None])
+    return xp.matmul(x, _ones(n, x.dtype)[:, None])
 
 
 def row_mean(x: Array, xp: Namespace) -> Array:
@@ -516,9 +566,10 @@ def at_least(x: Array, limit: float, xp: Namespace) -> Array:
 
 
 def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
-    """Normalise rows by a kernel of the library, if it has one, whose rounding is that of a number beside the mean.
+    """Normalise rows by a kernel of the library, if it has one.
 
-    It subtracts the mean as a last step: rows whose numbers are large beside their spread are not for it.
+    PyTorch's takes the mean off numbers that it has already divided by the deviation, which costs digits where they are
+    far from 0: it is for rows from which something like their mean has been subtracted before.
     """
     if not isinstance(xp, _Torch) or eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
         return None
@@ -527,10 +578,10 @@ def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float
 
 
 def relu(x: Array, xp: Namespace) -> Array:
-    """Compute ``max(x, 0)``, of NaN a NaN; ``where`` takes several times as long where it is not compiled."""
+    """Compute ``max(x, 0)``, of NaN a NaN, of a result that is needed no more; ``where`` takes several times longer."""
     if isinstance(xp, _Torch):
-        return x.relu()
-    return np.maximum(x, x.dtype.type(0)) if isinstance(xp, _NumPy) else xp.where(x <= 0, 0.0, x)
+        return x.relu_() if _writes(xp) else x.relu()
+    return np.maximum(x, x.dtype.type(0), out=x) if isinstance(xp, _NumPy) else xp.where(x <= 0, 0.0, x)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

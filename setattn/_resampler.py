@@ -20,6 +20,7 @@ from setattn._layers import (
     residual_feed_forward,
     select,
 )
+from setattn._namespace import part_of
 from setattn._params import CrossAttention, FeedForward, Linear, MeanLatents, Resampler, is_absent
 from setattn._typing import Array, Namespace
 
@@ -171,7 +172,7 @@ def resampler_input(x: Array, p: Resampler, o: Options) -> Array:
 
 def _rows(table: Array, axis: int, size: int, block: Block | None) -> Array:
     """Take the rows of a table that belong to an axis of a block: it is a part of that axis, or has all of it."""
-    return table[block.cut if block is not None and block.axis == axis else slice(size), :]
+    return part_of(table, 0, block.cut if block is not None and block.axis == axis else slice(size))
 
 
 def mean_latents(mean: Array, p: Resampler, o: Options) -> Array:

@@ -65,20 +65,28 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
 
 def merge_states(a: State, b: State, xp: Namespace) -> State:
     """Merge the states of two parts of a set, in either order."""
+    largest, wa, wb = _common(a, b, xp)
+    return State(largest, a.total * wa + b.total * wb, into("add", a.weighted * wa, b.weighted * wb, xp))
+
+
+def merge_blocks(a: State, b: State, xp: Namespace) -> State:
+    """Merge the states of two blocks of the same set, that are needed no more, in the memory of the first."""
+    largest, wa, wb = _common(a, b, xp)
+    weighted = into("add", into("multiply", a.weighted, wa, xp), into("multiply", b.weighted, wb, xp), xp)
+    return State(largest, a.total * wa + b.total * wb, weighted)
+
+
+def _common(a: State, b: State, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return the largest score of both parts, and what the sums of each are multiplied with to be relative to it."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
     shift = _finite(largest, xp)
-    (a_total, a_weighted), (b_total, b_weighted) = _sums(a, shift, xp), _sums(b, shift, xp)
-    return State(largest, a_total + b_total, into("add", a_weighted, b_weighted, xp))
+    return largest, xp.exp(a.largest - shift), xp.exp(b.largest - shift)
 
 
 def relative_to(largest: Array, state: State, xp: Namespace) -> State:
     """Express a state by the largest score of more than its own part of a set: such states are added up."""
-    return State(largest, *_sums(state, _finite(largest, xp), xp))
-
-
-def _sums(state: State, shift: Array, xp: Namespace) -> tuple[Array, Array]:
-    w = xp.exp(state.largest - shift)
-    return state.total * w, state.weighted * w
+    w = xp.exp(state.largest - _finite(largest, xp))
+    return State(largest, state.total * w, state.weighted * w)
 
 
 def finish(state: State, xp: Namespace) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from setattn import FeedForward, LayerNorm, Linear, RMSNorm
+from setattn import FeedForward, LayerNorm, Linear, RMSNorm, convert_params
 from setattn import _layers as layers
 from setattn._namespace import namespace_of
 from setattn._params import is_absent
@@ -39,7 +40,7 @@ def rows(dtype: str, largest: float, least_size: int = 1) -> st.SearchStrategy[n
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def check_layer_norm(x: np.ndarray, p: LayerNorm, eps: float) -> float:
+def check_layer_norm(x: np.ndarray, p: LayerNorm, eps: float, norm: Callable[..., np.ndarray] = norm) -> float:
     """Return the largest error in units of its bound, which does not grow with what all features have in common.
 
     With ``r`` the largest distance of a feature from the first one, each centred feature has an error of
@@ -88,6 +89,24 @@ def test_layer_norm_loses_nothing_to_a_common_offset(dtype, offset):
     worst = check_layer_norm(x, affine(33, dtype), 1e-5)
     assert worst <= 1
     assert worst > 0.005
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e6, 1e30])
+def test_the_kernel_of_torch_loses_no_more(dtype, offset):
+    """Where PyTorch's own kernel is used, it meets the same bound, and constant rows are exactly the bias."""
+    torch = pytest.importorskip("torch")
+    x = (np.random.default_rng(0).normal(size=(8, 33)) + offset).astype(dtype)
+    x[1], x[2, 0] = offset, offset + 100.0
+    p = affine(33, dtype)
+    o = layers.Options(namespace_of(torch.from_numpy(x)), eps=1e-5)
+
+    def theirs(a, p, eps):
+        return layers.norm(torch.from_numpy(a), convert_params(p, torch), o._replace(eps=eps)).numpy()
+
+    assert check_layer_norm(x, p, 1e-5, theirs) <= 1
+    for eps in (1e-5, 1e-60):
+        np.testing.assert_array_equal(theirs(x, p, eps)[1], p.bias)
 
 
 @DTYPES

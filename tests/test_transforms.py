@@ -245,6 +245,17 @@ def test_torch_vmap(backend, name):
 
 
 @on_torch
+@every_case
+def test_torch_vmap_without_gradients(backend, name):
+    """The same where nothing is recorded, so that intermediate results are written over."""
+    case, value, bound = cases.expected(name, "float32")
+    trees = case.trees(backend, "float32")
+    with backend.xp.no_grad():
+        out = backend.xp.func.vmap(case.call, in_dims=batch_axes(trees, case))(*trees)
+    tolerances.assert_close(out, value, bound, f"{case.function} float32")
+
+
+@on_torch
 @every_block
 def test_torch_func_grad(backend, name):
     """``torch.func.grad`` gives the slope, and mapped over the batch the gradient of each set, which add up to it."""
