@@ -267,7 +267,8 @@ def loop_bytes(x: Array, xp: Namespace) -> int | None:
 
 def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
     """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
-    return sys.modules["jax"].lax.map(function, xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32))
+    places = xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32, device=None)
+    return sys.modules["jax"].lax.map(function, places)
 
 
 def has_own_threads(xp: Namespace) -> bool:
@@ -381,8 +382,9 @@ def row_sum(x: Array, xp: Namespace) -> Array:
         return xp.sum(x, axis=-1, keepdims=True)
     with np.errstate(all="ignore"):
         if x.strides[-1] == x.itemsize:
-            return np.vecdot(x, np.ones(n, dtype=x.dtype))[..., None]
-        return np.matrix_transpose(np.matmul(np.ones((1, n), dtype=x.dtype), np.matrix_transpose(x)))
+            return np.vecdot(x, xp.ones(n, dtype=x.dtype, device=x.device))[..., None]
+        ones = xp.ones((1, n), dtype=x.dtype, device=x.device)
+        return np.matrix_transpose(np.matmul(ones, np.matrix_transpose(x)))
 
 
 def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
