@@ -89,8 +89,8 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if not isinstance(p, NORMS):
         return x
     xp, threshold, factor = o.xp, *((2.0**400, 2.0**-700) if bits_of(x.dtype, o.xp) == 64 else (2.0**50, 2.0**-80))
-    small = surely_within(x, threshold, xp)
-    if small:
+    done = overflows = None
+    if surely_within(x, threshold, xp):
         y, eps, shrink = x, o.eps, 1.0
     else:
         # A power of two for each row keeps its squares from overflowing.
@@ -100,11 +100,12 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
     if isinstance(p, LayerNorm):
         # Taken from the first feature, a constant row is exactly 0 and a common offset costs no digits.
         y = y - y[..., :1]
-        if small and (done := layer_norm(y, p.scale, p.bias, o.eps, xp)) is not None:
+        done = layer_norm(y, p.scale, p.bias, o.eps, xp)
+        if done is not None and overflows is None:
             return done
         y = into("subtract", y, row_mean(y, xp), xp)
     power = row_mean_square(y, xp) + eps
-    if not small or o.eps < _SMALLEST:  # eps may vanish beside its scale, and a constant row is 0
+    if overflows is not None or o.eps < _SMALLEST:  # eps may vanish beside its scale, and a constant row is 0
         power = xp.where(power == 0, 1.0, power)
     root = xp.sqrt(power)
     # Without a mean to subtract, a small feature beside a large one keeps its digits if it was never scaled.
@@ -113,7 +114,7 @@ def norm(x: Array, p: AnyNorm, o: Options) -> Array:
         y = into("multiply", y, p.scale, xp)
     if isinstance(p, LayerNorm) and not is_absent(p.bias):
         y = into("add", y, p.bias, xp)
-    return y
+    return y if done is None else xp.where(overflows, y, done)  # no row depends on which others there are
 
 
 _SMALLEST = 2.0**-126  # of the normal numbers of float32

@@ -386,8 +386,7 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
 
     On a CPU, what a core's share of the caches holds, or, where each operation is spread over the cores, their shares
     together; on a GPU, enough for a kernel to be busy with. A loop that is traced becomes as many copies of its body, a
-    block of an array over several devices would have to be sent around,
-    and Dask has blocks of its own.
+    block of an array over several devices would have to be sent around, and Dask has blocks of its own.
     """
     if isinstance(xp, _NumPy):
         return _CACHE
@@ -421,8 +420,8 @@ def part_of(a: Array, axis: int, cut: slice | Span) -> Array:
 def loop_bytes(x: Array, xp: Namespace) -> int | None:
     """Return how much memory a block of ``x`` may take in a loop that is traced once, or ``None`` where there is none.
 
-    Inside ``jax.jit`` on one CPU device. With several, rows may be spread over them, which the trace does not tell, and a
-    loop would send them around; outside, what has been traced would be compiled anew in every call.
+    Inside ``jax.jit`` on one CPU device. With several, rows may be spread over them, which a trace does not tell, and
+    the loop would send them around; outside, what has been traced would be compiled anew in every call.
     """
     if name_of(xp) != "jax":
         return None
@@ -433,7 +432,8 @@ def loop_bytes(x: Array, xp: Namespace) -> int | None:
 
 def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
     """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
-    return sys.modules["jax"].lax.map(function, xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32))
+    places = xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32, device=None)
+    return sys.modules["jax"].lax.map(function, places)
 
 
 def has_own_threads(xp: Namespace) -> bool:
@@ -480,10 +480,8 @@ def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     if not isinstance(xp, _Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
-        least, largest = map(float, x.detach().aminmax())
-        if largest != largest:  # NaN makes its own row NaN in any way, and must not choose the way of other sets
-            least, largest = map(float, x.detach().nan_to_num(0.0, math.inf, -math.inf).aminmax())
-        return largest <= limit and least >= -limit
+        least, largest = x.detach().aminmax()
+        return float(largest) <= limit and float(least) >= -limit
     except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
         return False
 
@@ -566,12 +564,14 @@ def at_least(x: Array, limit: float, xp: Namespace) -> Array:
 
 
 def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
-    """Normalise rows by a kernel of the library, if it has one.
+    """Normalise rows by a kernel of the library, if it has one: PyTorch's on a CPU, run eagerly.
 
     PyTorch's takes the mean off numbers that it has already divided by the deviation, which costs digits where they are
     far from 0: it is for rows from which something like their mean has been subtracted before.
     """
-    if not isinstance(xp, _Torch) or eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
+    if not isinstance(xp, _Torch) or xp.is_compiling() or y.device.type != "cpu":
+        return None
+    if eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
         return None
     weight, shift = None if isinstance(scale, tuple) else scale, None if isinstance(bias, tuple) else bias
     return xp.layer_norm(y, y.shape[-1:], weight, shift, eps)

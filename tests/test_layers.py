@@ -107,6 +107,10 @@ def test_the_kernel_of_torch_loses_no_more(dtype, offset):
     assert check_layer_norm(x, p, 1e-5, theirs) <= 1
     for eps in (1e-5, 1e-60):
         np.testing.assert_array_equal(theirs(x, p, eps)[1], p.bias)
+    # Whatever a row beside them holds, rows have the same bits.
+    beside = [theirs(np.concatenate([x, np.full((1, 33), value, dtype)]), p, 1e-5)[:-1] for value in (0, np.nan, 3e38)]
+    for other in beside:
+        np.testing.assert_array_equal(other, theirs(x, p, 1e-5))
 
 
 @DTYPES
