@@ -105,9 +105,10 @@ def perceiver_resampler(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Resampler) -> Array:
-        before = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
-        y = _flatten(features, mask, *before)
-        z = p.latents if is_absent(p.mean_latents) else whole_sets(mean_latents(_mean(y, o.xp), *before), o)
+        before, own = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
+        y, z = _flatten(features, mask, before, own), p.latents
+        if not is_absent(p.mean_latents):
+            z = whole_sets(mean_latents(_mean(y, own.xp), before, own), o)
         for layer in p.layers:
             z = _resample(Context(z), y, layer, o)
         return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
