@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from setattn._namespace import Span, block_bytes, loop_bytes, part_of, put, repeat, room
+from setattn._memory import Span, block_bytes, loop_bytes, part_of, put, repeat, room
 from setattn._order import Order
 from setattn._threads import run
 from setattn._typing import Array, Namespace

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from setattn._errors import DTypeError, NamespaceError
+from setattn._kernels import ignore_underflow
+from setattn._memory import block_bytes, in_one_chunk
 from setattn._namespace import (
     bits_of,
-    block_bytes,
     device_of,
-    ignore_underflow,
-    in_one_chunk,
     is_about_explicit_axes,
     is_plain,
     namespace_of,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from setattn._blocks import Plan
 from setattn._call import Call
 from setattn._errors import DTypeError, MaskError, NamespaceError, OptionError, ShapeError
+from setattn._memory import has_own_threads
 from setattn._namespace import (
     bits_of,
     device_of,
-    has_own_threads,
     is_boolean,
     is_integral,
     largest_number,

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from setattn._blocks import Block
 from setattn._call import widen
 from setattn._embedding import embed, rows_for
+from setattn._kernels import count
 from setattn._layers import AnyNorm, Options, enter, norm, select
-from setattn._namespace import Span, count, creation_device, part_of
+from setattn._memory import Span, part_of
+from setattn._namespace import creation_device
 from setattn._params import InputEmbedding, is_absent
 from setattn._typing import Absent, Array, Namespace
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from setattn._kernels import rows_of
 from setattn._layers import Options, enter, linear, select
-from setattn._namespace import Span, part_of, rows_of
+from setattn._memory import Span, part_of
 from setattn._params import InputEmbedding, is_absent
 from setattn._typing import Array
 

@@ -8,8 +8,9 @@ from setattn._attend import attend, by_queries
 from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
+from setattn._kernels import cumulative_count
 from setattn._layers import Options, enter, normed_feed_forward, options, select
-from setattn._namespace import creation_device, cumulative_count
+from setattn._namespace import creation_device
 from setattn._params import FeedForward, GatedCrossAttention
 from setattn._parts import once
 from setattn._typing import Array, Namespace

@@ -9,18 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, widen
-from setattn._namespace import (
-    bits_of,
-    gelu,
-    into,
-    layer_norm,
-    matmul,
-    matmul_add,
-    relu,
-    row_mean,
-    row_mean_square,
-    surely_within,
-)
+from setattn._kernels import gelu, into, layer_norm, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
+from setattn._namespace import bits_of
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 

@@ -9,8 +9,8 @@ from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
+from setattn._kernels import into
 from setattn._layers import Options, enter, linear, norm, options, residual_feed_forward, select
-from setattn._namespace import into
 from setattn._params import MAB
 from setattn._parts import once
 from setattn._typing import Array

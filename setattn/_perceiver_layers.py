@@ -9,8 +9,8 @@ from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context, ready
 from setattn._dask import of_sets, over_chunks
+from setattn._kernels import into
 from setattn._layers import Options, enter, linear, options, residual_feed_forward, select
-from setattn._namespace import into
 from setattn._params import CrossAttention, Linear, SelfAttention
 from setattn._parts import once
 from setattn._typing import Absent, Array

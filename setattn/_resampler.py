@@ -20,7 +20,7 @@ from setattn._layers import (
     residual_feed_forward,
     select,
 )
-from setattn._namespace import part_of
+from setattn._memory import part_of
 from setattn._params import CrossAttention, FeedForward, Linear, MeanLatents, Resampler, is_absent
 from setattn._typing import Array, Namespace
 

@@ -11,8 +11,10 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
+from setattn._kernels import at_least, exp_into, into, matmul, row_sum
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
-from setattn._namespace import at_least, exp_into, into, largest_number, like_rows, matmul, row_sum
+from setattn._memory import like_rows
+from setattn._namespace import largest_number
 from setattn._order import Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
 from setattn._typing import Array, Namespace

@@ -149,7 +149,7 @@ def test_gradient_of_torch():
 
 
 def test_own_functions_of_the_backends_agree():
-    from setattn._namespace import erf
+    from setattn._kernels import erf
 
     for name in ("torch", "jax", "cupy"):
         if BACKENDS[name].missing() is None:

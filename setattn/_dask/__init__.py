@@ -17,7 +17,8 @@ from setattn._dask._graph import Inputs, is_lazy, lazy, lengths, merged
 from setattn._dask._sizes import advise
 from setattn._dask._tasks import Job
 from setattn._layers import Options
-from setattn._namespace import in_one_chunk, namespace_of
+from setattn._memory import in_one_chunk
+from setattn._namespace import namespace_of
 from setattn._params import Attention, LengthScale, is_absent, map_params
 from setattn._typing import Array, Namespace
 

@@ -10,8 +10,9 @@ from setattn._attend import state_of
 from setattn._blocks import fold
 from setattn._context import Context
 from setattn._dask._faults import Given, check
+from setattn._kernels import ignore_underflow
 from setattn._layers import Options
-from setattn._namespace import ignore_underflow, namespace_of
+from setattn._namespace import namespace_of
 from setattn._params import Attention
 from setattn._state import State, head_counts, merge_states, output, ungroup
 from setattn._state import finish as mean_of

@@ -14,7 +14,8 @@ from typing import Any
 
 from setattn import _params as trees
 from setattn._errors import CheckpointError, DTypeError, OptionError, ParameterError
-from setattn._namespace import memory_order, namespace_of
+from setattn._memory import memory_order
+from setattn._namespace import namespace_of
 from setattn._params import is_absent
 from setattn._typing import Array
 from setattn.checkpoints._block import Block

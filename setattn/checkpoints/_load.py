@@ -7,7 +7,8 @@ from typing import Any
 
 from setattn._convert import convert_params
 from setattn._errors import CheckpointError, DTypeError, OptionError
-from setattn._namespace import all_finite, bits_of, namespace_of, normalize_namespace
+from setattn._kernels import all_finite
+from setattn._namespace import bits_of, namespace_of, normalize_namespace
 from setattn._typing import Array, Namespace
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._canonical import is_canonical, load_canonical

@@ -10,7 +10,8 @@ from typing import Any
 
 from setattn._blocks import total
 from setattn._errors import OptionError
-from setattn._namespace import ignore_underflow, namespace_of
+from setattn._kernels import ignore_underflow
+from setattn._namespace import namespace_of
 from setattn._state import State as Part
 from setattn._state import relative_to
 from setattn._typing import Array, Namespace

@@ -11,7 +11,8 @@ from typing import Any
 
 from setattn import _check as check
 from setattn._errors import OptionError, ShapeError
-from setattn._namespace import creation_device, store
+from setattn._memory import store
+from setattn._namespace import creation_device
 from setattn._typing import Array
 from setattn.streaming._files import SourceError
 from setattn.streaming._functions import advance, finish, rows, update

@@ -8,7 +8,7 @@ from typing import Any
 
 from setattn._blocks import combine
 from setattn._errors import OptionError
-from setattn._namespace import ignore_underflow
+from setattn._kernels import ignore_underflow
 from setattn._typing import Array
 from setattn.streaming._stream import (
     State,

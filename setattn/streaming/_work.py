@@ -13,10 +13,11 @@ from setattn._attention_pool import attention_pool
 from setattn._call import Call, begin, widen
 from setattn._context import Context
 from setattn._errors import OptionError, ShapeError
+from setattn._kernels import ignore_underflow, only_checks
 from setattn._layers import Options
 from setattn._layers import options as checked_options
 from setattn._mab import mab
-from setattn._namespace import creation_device, ignore_underflow, native, only_checks, widest_float
+from setattn._namespace import creation_device, native, widest_float
 from setattn._params import ISAB, FeedForward, Linear, is_absent, map_params
 from setattn._perceiver import perceiver, perceiver_io
 from setattn._perceiver_layers import cross_attention

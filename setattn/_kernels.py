@@ -1,0 +1,241 @@
+"""What a library computes by a way of its own, as it is faster there, more exact or possible at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from setattn._erf import Kernels, portable_erf
+from setattn._namespace import NumPy, Torch, Written, name_of, why_not
+from setattn._typing import Absent, Array, Namespace
+
+
+def matmul(a: Array, b: Array, xp: Namespace) -> Array:
+    """Multiply matrices."""
+    return xp.matmul(a, b)
+
+
+def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
+    """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
+    if isinstance(xp, Torch):
+        return xp.linear(a, b.mT, c)
+    return into("add", xp.matmul(a, b), c, xp)
+
+
+_IN_PLACE_OF: dict[str, Callable[[Array, Array], Array]] = {
+    "add": operator.iadd,
+    "subtract": operator.isub,
+    "multiply": operator.imul,
+    "divide": operator.itruediv,
+}
+
+
+def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
+    """Compute an operation of two arrays in the memory of the first, an intermediate result that is needed no more.
+
+    Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
+    """
+    function = getattr(xp, name)
+    if isinstance(xp, Written):
+        return function(a, b, out=a)
+    if not _writes(xp):
+        return function(a, b)
+    try:
+        return _IN_PLACE_OF[name](a, b)
+    except RuntimeError:  # of torch.func.vmap, where b has an axis that a has not
+        return function(a, b)
+
+
+def exp_into(a: Array, xp: Namespace) -> Array:
+    """Compute the exponential function in the same way."""
+    if isinstance(xp, Written):
+        return xp.exp(a, out=a)
+    return a.exp_() if _writes(xp) else xp.exp(a)
+
+
+def _writes(xp: Namespace) -> bool:
+    """Say whether PyTorch, if it is the library, neither records nor traces what is done."""
+    return isinstance(xp, Torch) and not xp.is_grad_enabled() and not xp.is_compiling()
+
+
+_LONG = 4096  # numbers that NumPy adds up in pairs
+
+
+def row_sum(x: Array, xp: Namespace) -> Array:
+    """Sum the last axis, and keep it: NumPy's products with ones are faster than its sum, and as exact if not long."""
+    n = x.shape[-1]
+    if not isinstance(xp, NumPy) or not 0 < n <= _LONG:
+        return xp.sum(x, axis=-1, keepdims=True)
+    return xp.matmul(x, _ones(n, x.dtype)[:, None])
+
+
+def row_mean(x: Array, xp: Namespace) -> Array:
+    """Average the last axis, and keep it: NumPy's dot product of rows is faster than its mean."""
+    if not isinstance(xp, NumPy):
+        return xp.mean(x, axis=-1, keepdims=True)
+    return xp.vecdot(x, _ones(x.shape[-1], x.dtype))[..., None] / x.shape[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(size: int, dtype: np.dtype[Any]) -> Array:
+    ones = np.repeat(dtype.type(1), size)
+    ones.flags.writeable = False
+    return ones
+
+
+def row_mean_square(x: Array, xp: Namespace) -> Array:
+    """Average the squares on the last axis, and keep it."""
+    if not isinstance(xp, NumPy):
+        return xp.mean(x * x, axis=-1, keepdims=True)
+    return xp.vecdot(x, x)[..., None] / x.shape[-1]
+
+
+def at_least(x: Array, limit: float, xp: Namespace) -> Array:
+    """Compute ``max(x, limit)``, of NaN a NaN."""
+    if isinstance(xp, NumPy):
+        return np.maximum(x, x.dtype.type(limit))
+    if name_of(xp) == "jax":  # XLA computes a sum twice that is compared and then selected
+        return sys.modules["jax"].numpy.maximum(x, limit)
+    return x.clamp(limit) if isinstance(xp, Torch) else xp.where(x < limit, limit, x)
+
+
+def layer_norm(y: Array, scale: Array | Absent, bias: Array | Absent, eps: float, xp: Namespace) -> Array | None:
+    """Normalise rows by a kernel of the library, if it has one: PyTorch's on a CPU, run eagerly.
+
+    PyTorch's takes the mean off numbers that it has already divided by the deviation, which costs digits where they are
+    far from 0: it is for rows from which something like their mean has been subtracted before.
+    """
+    if not isinstance(xp, Torch) or xp.is_compiling() or y.device.type != "cpu":
+        return None
+    if eps < xp.finfo(y.dtype).smallest_normal:  # which would be rounded to 0
+        return None
+    weight, shift = None if isinstance(scale, tuple) else scale, None if isinstance(bias, tuple) else bias
+    return xp.layer_norm(y, y.shape[-1:], weight, shift, eps)
+
+
+def relu(x: Array, xp: Namespace) -> Array:
+    """Compute ``max(x, 0)``, of NaN a NaN, of a result that is needed no more; ``where`` takes several times longer."""
+    if isinstance(xp, Torch):
+        return x.relu_() if _writes(xp) else x.relu()
+    return np.maximum(x, x.dtype.type(0), out=x) if isinstance(xp, NumPy) else xp.where(x <= 0, 0.0, x)
+
+
+def erf(x: Array, xp: Namespace) -> Array:
+    """Compute the error function: the backend's own, or one of ours where it has none."""
+    if name_of(xp) == "torch":
+        return x.erf()
+    if name_of(xp) == "jax":
+        return sys.modules["jax"].scipy.special.erf(x)
+    if name_of(xp) == "cupy":
+        from cupyx.scipy.special import erf as cupy_erf
+
+        return cupy_erf(x)
+    if name_of(xp) == "numpy":
+        return portable_erf(x, xp, _IN_PLACE)
+    return portable_erf(x, xp)
+
+
+def _clamped(x: Array, limit: float) -> Array:
+    out = np.minimum(x, x.dtype.type(limit))
+    return np.maximum(out, x.dtype.type(-limit), out=out)
+
+
+_IN_PLACE = Kernels(_clamped, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))
+
+
+def gelu(x: Array, xp: Namespace) -> Array:
+    """Compute ``x (1 + erf(x / sqrt(2))) / 2``."""
+    if name_of(xp) == "torch":
+        return sys.modules["torch"].nn.functional.gelu(x)
+    return into("multiply", into("add", erf(math.sqrt(0.5) * x, xp), 1.0, xp), 0.5 * x, xp)
+
+
+def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
+    """Look rows up by number, ``(..., n)`` to ``(..., n, dim)``; a number outside the table has a row of NaN."""
+    at = _index(numbers, xp)
+    inside = xp.logical_and(at >= 0, at < table.shape[0])
+    at = xp.where(inside, at, 0)
+    if name_of(xp) == "jax":  # which need not bring together the numbers of all devices to lay them in one row
+        rows = xp.take(table, at, axis=0)
+    else:
+        at = xp.reshape(at, (math.prod(numbers.shape),))
+        rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
+        rows = xp.reshape(rows, (*numbers.shape, table.shape[1]))
+    rows = xp.where(inside[..., None], rows, math.nan)
+    # On Dask, in the chunks of the numbers: what follows is then rounded as it is for elements that came as they are.
+    return rows.rechunk((*numbers.chunks, -1)) if name_of(xp) == "dask" else rows
+
+
+def _index(numbers: Array, xp: Namespace) -> Array:
+    """Convert to integers with a sign that libraries take for an index: one too large for them becomes negative."""
+    if numbers.dtype in (xp.int32, xp.int64):
+        return numbers
+    small = xp.iinfo(numbers.dtype).bits < 32
+    narrow = small or (name_of(xp) == "jax" and bool(why_not("float64", xp)))
+    return xp.astype(numbers, xp.int32 if narrow else xp.int64)
+
+
+def count(mask: Array, xp: Namespace) -> Array:
+    """Count the True entries on the last axis, as integers, without a copy of the mask where that can be had."""
+    name = name_of(xp)
+    if name == "torch":
+        return mask.sum(-1)
+    if name == "numpy":
+        return np.count_nonzero(mask, axis=-1)
+    return xp.sum(xp.astype(mask, xp.int32), axis=-1, dtype=xp.int32)
+
+
+def cumulative_count(mask: Array, xp: Namespace) -> Array:
+    """Count the True entries on the last axis up to and with each one, in int32."""
+    counts = xp.astype(mask, xp.int32)
+    # The compatible cumulative_sum asks for the namespace, of which torch.compile warns: see namespace_of.
+    if name_of(xp) == "torch":
+        return counts.cumsum(-1, dtype=xp.int32)
+    if name_of(xp) == "dask":
+        counts = counts.rechunk({-1: -1})  # Dask cannot carry a count over a chunk without elements
+    return xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
+
+
+def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
+    """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
+    if isinstance(xp, NumPy):
+        if x.flags.c_contiguous:  # the sum of squares, a product of BLAS, is faster than both ends
+            return bool(np.vdot(x, x) <= limit * limit)
+        least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
+        return bool(largest <= limit and least >= -limit)
+    if not isinstance(xp, Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    try:
+        least, largest = x.detach().aminmax()
+        return float(largest) <= limit and float(least) >= -limit
+    except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
+        return False
+
+
+def all_finite(x: Array, xp: Namespace) -> bool:
+    """Say whether all numbers are finite; a sum of them, one pass without a copy, says so almost always."""
+    with np.errstate(all="ignore"):
+        # The sum of squares, a product of BLAS, is the fastest pass there is over NumPy's arrays.
+        fast = name_of(xp) == "numpy" and x.dtype in (np.float32, np.float64) and x.flags.c_contiguous
+        total = np.vdot(x, x) if fast else xp.sum(x)
+        return bool(xp.isfinite(total)) or bool(xp.all(xp.isfinite(x)))
+
+
+def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a vanishing exponential is silent, whatever error state the caller has set."""
+    return np.errstate(under="ignore") if isinstance(xp, NumPy) else contextlib.nullcontext()
+
+
+def only_checks(call: Callable[[], Array], xp: Namespace) -> None:
+    """Make a call for the errors that it raises: JAX computes nothing then, and no operation is left in a trace."""
+    if name_of(xp) == "jax":
+        sys.modules["jax"].eval_shape(call)
+    else:
+        call()

@@ -1,0 +1,118 @@
+"""How arrays are cut to be worked through, and where results are written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from setattn._namespace import Dask, NumPy, name_of, namespace_of, to_numpy
+from setattn._typing import Array, Namespace
+
+_CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 12 * 2**20, 256 * 2**20
+
+
+def block_bytes(x: Array, xp: Namespace) -> int | None:
+    """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
+
+    On a CPU, what a core's share of the caches holds, or, where each operation is spread over the cores, their shares
+    together; on a GPU, enough for a kernel to be busy with. A loop that is traced becomes as many copies of its body, a
+    block of an array over several devices would have to be sent around, and Dask has blocks of its own.
+    """
+    if isinstance(xp, NumPy):
+        return _CACHE
+    name = name_of(xp)
+    if name == "dask":
+        return None
+    if name == "jax":
+        jax = sys.modules["jax"]
+        if isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1:
+            return None
+        return _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
+    if name == "torch":
+        return None if xp.is_compiling() else _CACHES if x.device.type == "cpu" else _GPU_MEMORY
+    return _GPU_MEMORY if name == "cupy" else _CACHE
+
+
+def loop_bytes(x: Array, xp: Namespace) -> int | None:
+    """Return how much memory a block of ``x`` may take in a loop that is traced once, or ``None`` where there is none.
+
+    Inside ``jax.jit`` on one CPU device. With several, rows may be spread over them, which a trace does not tell, and
+    the loop would send them around; outside, what has been traced would be compiled anew in every call.
+    """
+    if name_of(xp) != "jax":
+        return None
+    jax = sys.modules["jax"]
+    compiled = isinstance(x, jax.interpreters.partial_eval.DynamicJaxprTracer)
+    return _CACHE if compiled and jax.default_backend() == "cpu" and jax.device_count() == 1 else None
+
+
+def has_own_threads(xp: Namespace) -> bool:
+    """Say whether a library spreads each operation over threads by itself."""
+    return not isinstance(xp, NumPy)
+
+
+class Span(NamedTuple):
+    """A part of an axis that begins where a loop has got to."""
+
+    start: Array
+    size: int
+
+
+def part_of(a: Array, axis: int, cut: slice | Span) -> Array:
+    """Take a part of an axis."""
+    if isinstance(cut, Span):
+        return sys.modules["jax"].lax.dynamic_slice_in_dim(a, cut.start, cut.size, axis)
+    return a[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)]
+
+
+def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
+    """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
+    places = xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32, device=None)
+    return sys.modules["jax"].lax.map(function, places)
+
+
+def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
+    """Return an array to write parts like this one into, or ``None`` where arrays are not written to.
+
+    PyTorch records every write where it records gradients.
+    """
+    name = name_of(xp)
+    if name == "torch" and xp.is_grad_enabled():
+        return None
+    shape = list(part.shape)
+    shape[axis] = length
+    if name == "torch":
+        return part.new_empty(shape)
+    return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if name in ("numpy", "cupy") else None
+
+
+def put(out: Array, axis: int, cut: slice, part: Array) -> None:
+    """Write a part into an array that :func:`room` made."""
+    out[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)] = part
+
+
+def store(out: Any, axis: int, cut: slice, part: Array) -> None:
+    """Write a part into an array of any kind that slices can be assigned to, such as one on disk."""
+    put(out, axis, cut, part if namespace_of(out) is namespace_of(part) else to_numpy(part))
+
+
+def memory_order(x: Array) -> tuple[int, ...]:
+    """Return the axes of an array from the longest steps in memory to the shortest, where it is then contiguous."""
+    host = to_numpy(x)
+    order = tuple(sorted(range(host.ndim), key=lambda axis: -host.strides[axis]))
+    return order if host.transpose(order).flags.c_contiguous else tuple(range(host.ndim))
+
+
+def like_rows(t: Array, x: Array, xp: Namespace) -> Array:
+    """Give ``t`` the chunks of the rows of ``x``, where there are chunks.
+
+    The products before went by another order of products, which leaves other chunks behind, and with them another
+    rounding of what follows.
+    """
+    return t.rechunk({len(t.shape) - 2: x.chunks[-2]}) if isinstance(xp, Dask) else t
+
+
+def in_one_chunk(x: Array, xp: Namespace) -> Array:
+    """Return a Dask array of one chunk, of such an array or of one in memory."""
+    return x.rechunk(-1) if namespace_of(x) is xp else xp.from_array(x, chunks=-1, asarray=False)
