@@ -6,15 +6,16 @@ import contextlib
 import functools
 import math
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from setattn._erf import Kernels, portable_erf
-from setattn._namespace import NumPy, Torch, Written, name_of, why_not
+from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, Written, why_not
 from setattn._typing import Absent, Array, Namespace
+
+# --- products -------------------------------------------------------------------------------------------------------
 
 
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
@@ -27,6 +28,9 @@ def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     if isinstance(xp, Torch):
         return xp.linear(a, b.mT, c)
     return into("add", xp.matmul(a, b), c, xp)
+
+
+# --- in place -------------------------------------------------------------------------------------------------------
 
 
 _IN_PLACE_OF: dict[str, Callable[[Array, Array], Array]] = {
@@ -65,6 +69,9 @@ def _writes(xp: Namespace) -> bool:
     return isinstance(xp, Torch) and not xp.is_grad_enabled() and not xp.is_compiling()
 
 
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
 _LONG = 4096  # numbers that NumPy adds up in pairs
 
 
@@ -83,13 +90,6 @@ def row_mean(x: Array, xp: Namespace) -> Array:
     return xp.vecdot(x, _ones(x.shape[-1], x.dtype))[..., None] / x.shape[-1]
 
 
-@functools.lru_cache(maxsize=64)
-def _ones(size: int, dtype: np.dtype[Any]) -> Array:
-    ones = np.repeat(dtype.type(1), size)
-    ones.flags.writeable = False
-    return ones
-
-
 def row_mean_square(x: Array, xp: Namespace) -> Array:
     """Average the squares on the last axis, and keep it."""
     if not isinstance(xp, NumPy):
@@ -97,12 +97,22 @@ def row_mean_square(x: Array, xp: Namespace) -> Array:
     return xp.vecdot(x, x)[..., None] / x.shape[-1]
 
 
+@functools.lru_cache(maxsize=64)
+def _ones(size: int, dtype: np.dtype[Any]) -> Array:
+    ones = np.repeat(dtype.type(1), size)
+    ones.flags.writeable = False
+    return ones
+
+
+# --- elements -------------------------------------------------------------------------------------------------------
+
+
 def at_least(x: Array, limit: float, xp: Namespace) -> Array:
     """Compute ``max(x, limit)``, of NaN a NaN."""
     if isinstance(xp, NumPy):
         return np.maximum(x, x.dtype.type(limit))
-    if name_of(xp) == "jax":  # XLA computes a sum twice that is compared and then selected
-        return sys.modules["jax"].numpy.maximum(x, limit)
+    if isinstance(xp, JAX):  # XLA computes a sum twice that is compared and then selected
+        return xp.jax.numpy.maximum(x, limit)
     return x.clamp(limit) if isinstance(xp, Torch) else xp.where(x < limit, limit, x)
 
 
@@ -129,17 +139,15 @@ def relu(x: Array, xp: Namespace) -> Array:
 
 def erf(x: Array, xp: Namespace) -> Array:
     """Compute the error function: the backend's own, or one of ours where it has none."""
-    if name_of(xp) == "torch":
+    if isinstance(xp, Torch):
         return x.erf()
-    if name_of(xp) == "jax":
-        return sys.modules["jax"].scipy.special.erf(x)
-    if name_of(xp) == "cupy":
+    if isinstance(xp, JAX):
+        return xp.jax.scipy.special.erf(x)
+    if isinstance(xp, CuPy):
         from cupyx.scipy.special import erf as cupy_erf
 
         return cupy_erf(x)
-    if name_of(xp) == "numpy":
-        return portable_erf(x, xp, _IN_PLACE)
-    return portable_erf(x, xp)
+    return portable_erf(x, xp, _IN_PLACE if isinstance(xp, NumPy) else None)
 
 
 def _clamped(x: Array, limit: float) -> Array:
@@ -152,9 +160,12 @@ _IN_PLACE = Kernels(_clamped, lambda a, b: np.multiply(a, b, out=a), lambda a, b
 
 def gelu(x: Array, xp: Namespace) -> Array:
     """Compute ``x (1 + erf(x / sqrt(2))) / 2``."""
-    if name_of(xp) == "torch":
-        return sys.modules["torch"].nn.functional.gelu(x)
+    if isinstance(xp, Torch):
+        return xp.gelu(x)
     return into("multiply", into("add", erf(math.sqrt(0.5) * x, xp), 1.0, xp), 0.5 * x, xp)
+
+
+# --- look-ups and counts --------------------------------------------------------------------------------------------
 
 
 def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
@@ -162,15 +173,15 @@ def rows_of(table: Array, numbers: Array, xp: Namespace) -> Array:
     at = _index(numbers, xp)
     inside = xp.logical_and(at >= 0, at < table.shape[0])
     at = xp.where(inside, at, 0)
-    if name_of(xp) == "jax":  # which need not bring together the numbers of all devices to lay them in one row
+    if isinstance(xp, JAX):  # which need not bring together the numbers of all devices to lay them in one row
         rows = xp.take(table, at, axis=0)
     else:
         at = xp.reshape(at, (math.prod(numbers.shape),))
-        rows = table.index_select(0, at) if name_of(xp) == "torch" else xp.take(table, at, axis=0)
+        rows = table.index_select(0, at) if isinstance(xp, Torch) else xp.take(table, at, axis=0)
         rows = xp.reshape(rows, (*numbers.shape, table.shape[1]))
     rows = xp.where(inside[..., None], rows, math.nan)
     # On Dask, in the chunks of the numbers: what follows is then rounded as it is for elements that came as they are.
-    return rows.rechunk((*numbers.chunks, -1)) if name_of(xp) == "dask" else rows
+    return rows.rechunk((*numbers.chunks, -1)) if isinstance(xp, Dask) else rows
 
 
 def _index(numbers: Array, xp: Namespace) -> Array:
@@ -178,16 +189,15 @@ def _index(numbers: Array, xp: Namespace) -> Array:
     if numbers.dtype in (xp.int32, xp.int64):
         return numbers
     small = xp.iinfo(numbers.dtype).bits < 32
-    narrow = small or (name_of(xp) == "jax" and bool(why_not("float64", xp)))
+    narrow = small or (isinstance(xp, JAX) and bool(why_not("float64", xp)))
     return xp.astype(numbers, xp.int32 if narrow else xp.int64)
 
 
 def count(mask: Array, xp: Namespace) -> Array:
     """Count the True entries on the last axis, as integers, without a copy of the mask where that can be had."""
-    name = name_of(xp)
-    if name == "torch":
+    if isinstance(xp, Torch):
         return mask.sum(-1)
-    if name == "numpy":
+    if isinstance(xp, NumPy):
         return np.count_nonzero(mask, axis=-1)
     return xp.sum(xp.astype(mask, xp.int32), axis=-1, dtype=xp.int32)
 
@@ -196,11 +206,14 @@ def cumulative_count(mask: Array, xp: Namespace) -> Array:
     """Count the True entries on the last axis up to and with each one, in int32."""
     counts = xp.astype(mask, xp.int32)
     # The compatible cumulative_sum asks for the namespace, of which torch.compile warns: see namespace_of.
-    if name_of(xp) == "torch":
+    if isinstance(xp, Torch):
         return counts.cumsum(-1, dtype=xp.int32)
-    if name_of(xp) == "dask":
+    if isinstance(xp, Dask):
         counts = counts.rechunk({-1: -1})  # Dask cannot carry a count over a chunk without elements
     return xp.cumulative_sum(counts, axis=-1, dtype=xp.int32)
+
+
+# --- looks at numbers -----------------------------------------------------------------------------------------------
 
 
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
@@ -223,9 +236,12 @@ def all_finite(x: Array, xp: Namespace) -> bool:
     """Say whether all numbers are finite; a sum of them, one pass without a copy, says so almost always."""
     with np.errstate(all="ignore"):
         # The sum of squares, a product of BLAS, is the fastest pass there is over NumPy's arrays.
-        fast = name_of(xp) == "numpy" and x.dtype in (np.float32, np.float64) and x.flags.c_contiguous
+        fast = isinstance(xp, NumPy) and x.dtype in (np.float32, np.float64) and x.flags.c_contiguous
         total = np.vdot(x, x) if fast else xp.sum(x)
         return bool(xp.isfinite(total)) or bool(xp.all(xp.isfinite(x)))
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
 
 
 def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
@@ -235,7 +251,7 @@ def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
 
 def only_checks(call: Callable[[], Array], xp: Namespace) -> None:
     """Make a call for the errors that it raises: JAX computes nothing then, and no operation is left in a trace."""
-    if name_of(xp) == "jax":
-        sys.modules["jax"].eval_shape(call)
+    if isinstance(xp, JAX):
+        xp.jax.eval_shape(call)
     else:
         call()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from setattn._namespace import Dask, NumPy, name_of, namespace_of, to_numpy
+from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, Written, namespace_of, to_numpy
 from setattn._typing import Array, Namespace
+
+# --- sizes of blocks ------------------------------------------------------------------------------------------------
+
 
 _CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 12 * 2**20, 256 * 2**20
 
@@ -21,17 +23,15 @@ def block_bytes(x: Array, xp: Namespace) -> int | None:
     """
     if isinstance(xp, NumPy):
         return _CACHE
-    name = name_of(xp)
-    if name == "dask":
-        return None
-    if name == "jax":
-        jax = sys.modules["jax"]
-        if isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1:
-            return None
-        return _GPU_MEMORY if jax.default_backend() != "cpu" else _CACHE
-    if name == "torch":
+    if isinstance(xp, Torch):
         return None if xp.is_compiling() else _CACHES if x.device.type == "cpu" else _GPU_MEMORY
-    return _GPU_MEMORY if name == "cupy" else _CACHE
+    if isinstance(xp, JAX):
+        if isinstance(x, xp.jax.core.Tracer) or len(x.sharding.device_set) > 1:
+            return None
+        return _CACHE if xp.jax.default_backend() == "cpu" else _GPU_MEMORY
+    if isinstance(xp, Dask):
+        return None
+    return _GPU_MEMORY if isinstance(xp, CuPy) else _CACHE
 
 
 def loop_bytes(x: Array, xp: Namespace) -> int | None:
@@ -40,16 +40,18 @@ def loop_bytes(x: Array, xp: Namespace) -> int | None:
     Inside ``jax.jit`` on one CPU device. With several, rows may be spread over them, which a trace does not tell, and
     the loop would send them around; outside, what has been traced would be compiled anew in every call.
     """
-    if name_of(xp) != "jax":
+    if not isinstance(xp, JAX):
         return None
-    jax = sys.modules["jax"]
-    compiled = isinstance(x, jax.interpreters.partial_eval.DynamicJaxprTracer)
-    return _CACHE if compiled and jax.default_backend() == "cpu" and jax.device_count() == 1 else None
+    compiled = isinstance(x, xp.jax.interpreters.partial_eval.DynamicJaxprTracer)
+    return _CACHE if compiled and xp.jax.default_backend() == "cpu" and xp.jax.device_count() == 1 else None
 
 
 def has_own_threads(xp: Namespace) -> bool:
     """Say whether a library spreads each operation over threads by itself."""
     return not isinstance(xp, NumPy)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
 
 
 class Span(NamedTuple):
@@ -62,14 +64,24 @@ class Span(NamedTuple):
 def part_of(a: Array, axis: int, cut: slice | Span) -> Array:
     """Take a part of an axis."""
     if isinstance(cut, Span):
-        return sys.modules["jax"].lax.dynamic_slice_in_dim(a, cut.start, cut.size, axis)
-    return a[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)]
+        from jax import lax
+
+        return lax.dynamic_slice_in_dim(a, cut.start, cut.size, axis)
+    return a[_of_axis(axis, cut)]
+
+
+def _of_axis(axis: int, cut: slice) -> tuple[Any, ...]:
+    """Return the index of a part of an axis, counted from the first or from the last."""
+    return (slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)
 
 
 def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
     """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
     places = xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32, device=None)
-    return sys.modules["jax"].lax.map(function, places)
+    return xp.jax.lax.map(function, places)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
 
 
 def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
@@ -77,24 +89,24 @@ def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
 
     PyTorch records every write where it records gradients.
     """
-    name = name_of(xp)
-    if name == "torch" and xp.is_grad_enabled():
-        return None
     shape = list(part.shape)
     shape[axis] = length
-    if name == "torch":
-        return part.new_empty(shape)
-    return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if name in ("numpy", "cupy") else None
+    if isinstance(xp, Torch):
+        return None if xp.is_grad_enabled() else part.new_empty(shape)
+    return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if isinstance(xp, Written) else None
 
 
 def put(out: Array, axis: int, cut: slice, part: Array) -> None:
     """Write a part into an array that :func:`room` made."""
-    out[(slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)] = part
+    out[_of_axis(axis, cut)] = part
 
 
 def store(out: Any, axis: int, cut: slice, part: Array) -> None:
     """Write a part into an array of any kind that slices can be assigned to, such as one on disk."""
     put(out, axis, cut, part if namespace_of(out) is namespace_of(part) else to_numpy(part))
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
 
 
 def memory_order(x: Array) -> tuple[int, ...]:

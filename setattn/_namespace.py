@@ -36,6 +36,9 @@ def namespace_of(x: Any) -> Namespace | None:
     return _namespaces[kind]
 
 
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
 class _Adapted:
     """A namespace, but for some of its functions."""
 
@@ -77,6 +80,10 @@ class NumPy(Written):
         return np.add.reduce(x, axis=axis, keepdims=keepdims, dtype=dtype)
 
 
+class CuPy(Written):
+    """CuPy's, as it is."""
+
+
 class Torch(_Adapted):
     """PyTorch's, past the promotion of dtypes: the arrays of a call have one."""
 
@@ -88,6 +95,7 @@ class Torch(_Adapted):
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
         self.linear, self.layer_norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
+        self.gelu = torch.nn.functional.gelu
         self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
         self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
@@ -127,21 +135,23 @@ class Dask(_Adapted):
 class JAX(_Adapted):
     """JAX's, with products that say how they are sharded where explicit axes of a mesh ask for that."""
 
+    def __init__(self, module: Namespace) -> None:
+        super().__init__(module)
+        self.jax = sys.modules["jax"]
+
     def matmul(self, a: Array, b: Array) -> Array:
-        sharding = _sharding_of_product(a, b)
+        sharding = self._sharding_of_product(a, b)
         return self._module.matmul(a, b) if sharding is None else self._module.matmul(a, b, out_sharding=sharding)
 
-
-def _sharding_of_product(a: Array, b: Array) -> Any:
-    """Say how a product is sharded that sums over an explicit axis of a mesh of JAX, which asks for that."""
-    rows, columns = tuple(a.aval.sharding.spec), tuple(b.aval.sharding.spec)
-    if rows[-1] is None or columns[-2] is None:
-        return None
-    jax = sys.modules["jax"]
-    batch = itertools.zip_longest(rows[-3::-1], columns[-3::-1])  # from the last axis on
-    axes = [of_a if of_b is None else of_b for of_a, of_b in batch][::-1]
-    spec = jax.sharding.PartitionSpec(*axes, rows[-2], columns[-1])
-    return jax.sharding.NamedSharding(b.aval.sharding.mesh, spec)
+    def _sharding_of_product(self, a: Array, b: Array) -> Any:
+        """Say how a product is sharded that sums over an explicit axis, if it does."""
+        rows, columns = tuple(a.aval.sharding.spec), tuple(b.aval.sharding.spec)
+        if rows[-1] is None or columns[-2] is None:
+            return None
+        batch = itertools.zip_longest(rows[-3::-1], columns[-3::-1])  # from the last axis on
+        axes = [of_a if of_b is None else of_b for of_a, of_b in batch][::-1]
+        spec = self.jax.sharding.PartitionSpec(*axes, rows[-2], columns[-1])
+        return self.jax.sharding.NamedSharding(b.aval.sharding.mesh, spec)
 
 
 def is_about_explicit_axes(error: Exception) -> bool:
@@ -151,13 +161,11 @@ def is_about_explicit_axes(error: Exception) -> bool:
 
 _ADAPTERS: dict[str, type[_Adapted]] = {
     "numpy": NumPy,
-    "cupy": Written,
+    "cupy": CuPy,
     "torch": Torch,
     "jax": JAX,
     "dask": Dask,
 }
-
-
 _adapted: dict[str, Namespace] = {}
 
 
@@ -195,6 +203,9 @@ def normalize_namespace(xp: Namespace) -> Namespace | None:
         return None
 
 
+# --- dtypes ---------------------------------------------------------------------------------------------------------
+
+
 def bits_of(dtype: Any, xp: Namespace) -> int:
     """Return the width of a real floating dtype, or 0 for any other."""
     if isinstance(xp, Torch) and dtype in xp.widths:
@@ -212,17 +223,17 @@ def bits_of(dtype: Any, xp: Namespace) -> int:
 
 def largest_number(dtype: Any, xp: Namespace) -> float:
     """Return the largest finite number of float64, or for any narrower dtype that of float32."""
-    return sys.float_info.max if bits_of(dtype, xp) == 64 else LARGEST_FLOAT32
+    return sys.float_info.max if bits_of(dtype, xp) == 64 else _LARGEST_FLOAT32
 
 
-LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+_LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def why_not(dtype: str, xp: Namespace) -> str:
     """Say why a library cannot hold a dtype of this name; nothing if it can."""
     if not hasattr(xp, dtype):
         return f"{name_of(xp)} has no {dtype}"
-    if name_of(xp) == "jax" and dtype == "float64" and not sys.modules["jax"].config.jax_enable_x64:
+    if isinstance(xp, JAX) and dtype == "float64" and not xp.jax.config.jax_enable_x64:
         return "jax has float64 only with jax_enable_x64"
     return ""
 
@@ -256,6 +267,9 @@ def is_integral(dtype: Any, xp: Namespace) -> bool:
         return False
 
 
+# --- devices and kinds of arrays ------------------------------------------------------------------------------------
+
+
 def device_of(x: Array, xp: Namespace) -> Any:
     """Return what two arrays must agree on to meet without a transfer, or ``None`` where it cannot be known.
 
@@ -264,12 +278,12 @@ def device_of(x: Array, xp: Namespace) -> Any:
     """
     if isinstance(xp, NumPy):
         return None
-    if name_of(xp) == "jax":
+    if isinstance(xp, JAX):
         try:
             return ", ".join(sorted(map(str, x.devices()))) if x.committed else None
-        except (AttributeError, TypeError, sys.modules["jax"].errors.ConcretizationTypeError):
+        except (AttributeError, TypeError, xp.jax.errors.ConcretizationTypeError):
             return None
-    return None if name_of(xp) == "dask" else x.device
+    return None if isinstance(xp, Dask) else x.device
 
 
 def is_plain(xp: Namespace) -> bool:
@@ -308,17 +322,14 @@ def _read(tree: tuple[Any, ...], kind: Any, found: list[Any]) -> bool:
 
 def unlike_others(x: Array, xp: Namespace) -> tuple[str, str] | None:
     """Say what an array is and what it should be, where it is of a kind that the rest of its library does not take."""
-    name = name_of(xp)
-    if name == "torch":
+    if isinstance(xp, Torch):
         if x.is_nested:
             return "a nested tensor", "a tensor padded by to_padded_tensor(), with a mask"
         if x.layout != xp.strided:
             return f"a tensor of layout {x.layout}", "a dense tensor, as to_dense() makes it"
-    if name == "dask":
-        kind = type(x._meta)
-        if namespace_of_chunks(x, xp) is None:
-            got = f"an array of dask with chunks of {kind.__qualname__}"
-            return got, "one whose chunks are plain arrays of numpy or cupy"
+    if isinstance(xp, Dask) and namespace_of_chunks(x, xp) is None:
+        got = f"an array of dask with chunks of {type(x._meta).__qualname__}"
+        return got, "one whose chunks are plain arrays of numpy or cupy"
     return None
 
 
@@ -327,14 +338,15 @@ def namespace_of_chunks(x: Array, xp: Namespace) -> Namespace | None:
     if not isinstance(xp, Dask):
         return None
     held = namespace_of(x._meta)
-    return held if held is not None and name_of(held) in ("numpy", "cupy") else None
+    return held if isinstance(held, NumPy | CuPy) else None
 
 
 def creation_device(x: Array, xp: Namespace) -> Any:
     """Return the device to create an array on that will meet ``x``; JAX and Dask place it themselves."""
-    if name_of(xp) in ("jax", "dask"):
-        return None
-    return x.device
+    return None if isinstance(xp, JAX | Dask) else x.device
+
+
+# --- conversions ----------------------------------------------------------------------------------------------------
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:
@@ -364,7 +376,7 @@ def convert_array(x: Array, xp: Namespace, device: Any, dtype: Any) -> Array:
         x = x if device is None else array_api_compat.to_device(x, device)
         return x if dtype is None or x.dtype == dtype else xp.astype(x, dtype)
     host = to_numpy(x)
-    if name_of(xp) == "torch":  # which would share the memory, and takes neither all strides nor all byte orders
+    if isinstance(xp, Torch):  # which would share the memory, and takes neither all strides nor all byte orders
         host = np.array(host, dtype=native(host.dtype), order="C")
     if dtype is None:
         dtype = getattr(xp, native(host.dtype).name)

@@ -257,9 +257,9 @@ def test_backends_are_known_in_three_rooms():
 
 
 def test_no_strings_name_a_backend():
-    """Beside docstrings and messages, that is: no comparison with a name."""
+    """Beside docstrings and messages, that is: no comparison with a name, but a class for each in one room."""
     for name, tree in TREES.items():
-        if name in KNOWING or is_of_files(name):
+        if name == "_namespace.py" or is_of_files(name):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare | ast.Subscript | ast.Dict):
@@ -316,7 +316,7 @@ def test_products_are_computed_in_one_place():
             continue
         for node in ast.walk(tree):
             product = isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult)
-            product |= isinstance(node, ast.Attribute) and node.attr in ("matmul", "vecdot", "tensordot", "dot")
+            product |= isinstance(node, ast.Attribute) and node.attr in ("matmul", "vecdot", "tensordot", "dot", "vdot")
             assert not product, f"{name}:{node.lineno}"
     file = ROOT.parent / "pyproject.toml"
     if file.exists():
