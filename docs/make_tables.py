@@ -1,7 +1,7 @@
 """Write the generated tables: ``python docs/make_tables.py``, or with ``--check`` see whether they are up to date.
 
 The table of backends comes from the test matrix in ``tests/backends.py``, so that what is advertised is what is tested,
-and from the record of runs on GPUs; the table of speed and its headline from the last results of the benchmarks; the
+and from the record of runs on GPUs; the tables of speed and the headline from the last results of the benchmarks; the
 table of layouts from the library and from the record of the comparisons with the originals.
 """
 
@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "gpu-record.md"
 RESULTS = ROOT / "benchmarks" / "results"
 README, BACKENDS, SPEED = ROOT / "README.md", ROOT / "docs" / "backends.md", ROOT / "docs" / "speed.md"
+GPU = ROOT / "docs" / "gpu.md"
 LAYOUTS, COMPARED = ROOT / "docs" / "layouts.md", ROOT / "docs" / "layouts.json"
 HEADLINE = ("SigLIP head", "PMA, 1 seed, official form", "PMA, 1 seed, with row-wise ff")
+GPU_COLUMNS = {"cupy": "CuPy", "torch": "PyTorch", "torch, CUDA graph": "PyTorch, CUDA graph", "jax": "jax.jit"}
 TITLES = {
     "numpy": "NumPy",
     "cupy": "CuPy",
@@ -133,6 +135,32 @@ def headline(date: str, results: dict[str, Any]) -> str:
     )
 
 
+def on_gpu() -> str:
+    """Return the table of the last run on a GPU in Markdown."""
+    last = max(RESULTS.glob("gpu-*.json"))
+    results = json.loads(last.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{n} {v}" for n, v in results["versions"].items() if n.startswith(("cupy", "torch", "jax")))
+    rates = "; ".join(
+        f"{name} {2e-12 * r['multiplications']:.0f} Tflop/s, {1e-12 * r['bytes']:.1f} TB/s"
+        for name, r in results["rates"].items()
+    )
+    ours = {f"setattn, {name}": title for name, title in GPU_COLUMNS.items()}
+    lines = [
+        f"Measured on {last.stem.removeprefix('gpu-')}: {results['card']}; {versions}. Products and copies: {rates}.",
+        "",
+        f"| workload | precision | best peer | ms | {' | '.join(ours.values())} | wanted |",
+        "| --- " * (5 + len(ours)) + "|",
+    ]
+    for row in results["rows"]:
+        peer = f"{1e3 * row['contestants'][row['best_peer']]['seconds']['median']:.3g}"
+        cells = [row["name"], row["precision"], row["best_peer"], peer]
+        for name in ours:
+            c = row["contestants"].get(name)
+            cells.append("-" if c is None else f"{c['ratio']['median']:.2f} ({c['launches']})")
+        lines.append(f"| {' | '.join(cells)} | {row['target']:g} |")
+    return "\n".join(lines)
+
+
 def compared() -> dict[str, Any]:
     """Return the record of the last comparison with the originals."""
     return json.loads(COMPARED.read_text(encoding="utf-8"))
@@ -183,6 +211,7 @@ def main(check: bool) -> int:
     backends, last, stale = table(load_backends(), RECORD.read_text(encoding="utf-8")), measured(), 0
     parts = {README: {"backends": backends, "speed": headline(*last)}}
     parts |= {BACKENDS: {"backends": backends}, SPEED: {"benchmarks": speed(*last)}}
+    parts |= {GPU: {"benchmarks": on_gpu()}}
     parts |= {LAYOUTS: {"layouts": layouts(setattn.layouts(), compared())}}
     for page, contents in parts.items():
         text = new = page.read_text(encoding="utf-8")
