@@ -87,7 +87,7 @@ def on_workers(
     """Compute the same on processes of Dask, of one thread each."""
     from distributed import Client, LocalCluster, progress
 
-    options = {"threads_per_worker": 1, "memory_limit": limit, "dashboard_address": None}
+    options = {"threads_per_worker": 1, "memory_limit": limit, "dashboard_address": ":0"}
     with LocalCluster(n_workers=workers, **options) as cluster, Client(cluster) as client:
         before = list(client.run(memory).values())
         pids = client.run(os.getpid)

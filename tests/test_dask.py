@@ -107,6 +107,7 @@ def anyhow(draw, n):
     return tuple(b - a for a, b in itertools.pairwise([0, *points, n]))
 
 
+@pytest.mark.filterwarnings("ignore:Increasing number of chunks")  # Dask's own word on chunks as small as these
 @given(st.data(), st.sampled_from(NAMES))
 def test_chunks_at_all(data, name):
     """Of sets, batches, features and masks, each for itself."""
@@ -620,7 +621,7 @@ def source(pause):
 def cluster():
     """Two processes under 400 MB each."""
     distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": "400MB", "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": "400MB", "dashboard_address": ":0"}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         yield client
 
@@ -670,7 +671,7 @@ def test_a_scheduler_that_is_lost_is_named():
     distributed = pytest.importorskip("distributed")
     x, params = seven(shape=(200, 8))
     slow = da.map_blocks(lambda a: time.sleep(0.1) or a, da.from_array(x, chunks=(5, 8)), dtype=x.dtype, meta=x[:0])
-    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         cluster = distributed.LocalCluster(**options)
         client = distributed.Client(cluster)
