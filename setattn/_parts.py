@@ -30,7 +30,7 @@ _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
 
 
-_fitting: set[tuple[Any, ...]] = set()  # what is known of parameters that fitted: nothing of their numbers
+_fitting: set[tuple[Any, ...] | None] = set()  # what is known of parameters that fitted: nothing of their numbers
 _MOST = 256
 
 
@@ -40,13 +40,16 @@ def once(check: Callable[..., Any], call: Call, p: Any, *widths: Width, **option
     What is checked of a tree are types, dtypes, shapes and devices. To look at each of them takes as long as a small
     set; to see that they are all the same as in another call takes a fifth of that. A tree that failed is not known.
     """
-    known = signature(p, call.xp) if call.eager else None
-    if known is None:
-        check(call, "params", p, *widths, **options)
-        return
-    key = (check, call.dtype, call.device, *options.items(), *[width.size for width in widths], *known)
-    if key not in _fitting:
-        check(call, "params", p, *widths, **options)
+    known, key = signature(p, call.xp) if call.eager else None, None
+    if known is not None:
+        key = (check, call.dtype, call.device, *options.items(), *[width.size for width in widths], *known)
+    try:
+        if key in _fitting:
+            return
+    except TypeError:  # sizes that are symbols, in a trace of PyTorch, have no hash
+        key = None
+    check(call, "params", p, *widths, **options)
+    if key is not None:
         if len(_fitting) >= _MOST:
             _fitting.clear()
         _fitting.add(key)

@@ -240,7 +240,8 @@ def _finite(largest: Array, xp: Namespace) -> Array:
 
 
 def _nonzero(total: Array, xp: Namespace) -> Array:
-    return at_least(total, 1.0, xp)  # it counts the largest score as 1, if there is any
+    # It counts the largest score as 1, if there is any; below that, so that the gradient of a total of just 1 is whole.
+    return at_least(total, 0.5, xp)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

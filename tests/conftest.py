@@ -197,6 +197,8 @@ class _Counts:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.passed.append(report.nodeid)
+        elif report.failed and report.nodeid in self.passed:  # on the way out
+            self.passed.remove(report.nodeid)
         if report.when == "call" or report.outcome != "passed":
             for key, name in report.user_properties:
                 if key == "backend":

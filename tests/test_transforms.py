@@ -216,6 +216,30 @@ def test_gradients_of_nothing(backend, name):
 # --- vectorisation --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"], indirect=True)
+def test_gradients_beside_an_element_that_takes_all(backend):
+    """The exponentials add up to 1 then, to the last digit, and those that vanish in the sum still have a slope."""
+    rng = np.random.default_rng(0)
+    query, context, bias = rng.normal(size=(1, 4)), rng.normal(size=(3, 4)), np.asarray([0.0, -40.0, -41.0])
+    params = setattn.map_params(lambda a: a.astype(np.float64), setattn.init_attention(4, num_heads=1, rng=0))
+    alone = np.asarray([setattn.attention(query, context[j : j + 1], params).sum() for j in range(3)])
+    arrays = [backend.asarray(a, "float64") for a in (query, context)]
+    params = backend.params(params, "float64")
+
+    def total(bias):
+        return setattn.attention(*arrays, params, bias=bias, scale=0.0).sum()
+
+    if backend.name == "jax":
+        import jax
+
+        gradient = jax.grad(total)(backend.asarray(bias, "float64"))
+    else:
+        given = backend.asarray(bias, "float64").requires_grad_()
+        total(given).backward()
+        gradient = given.grad
+    np.testing.assert_allclose(backend.numpy(gradient)[1:], np.exp(bias[1:]) * (alone[1:] - alone[0]), rtol=1e-12)
+
+
 def batch_axes(trees, case):
     """The batch axis of every array of a call, or ``None`` for those that all of the batch share."""
     arrays = tuple(0 if a.ndim > 2 else None for a in case.arrays)
@@ -321,6 +345,26 @@ def test_torch_compile_variants(backend, name):
     case, value, bound = cases.expected(name, "float32")
     out = torch.compile(case.call, fullgraph=True, backend="eager")(*case.trees(backend, "float32"))
     tolerances.assert_close(out, value, bound, f"{case.function} float32")
+
+
+@on_torch
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_torch_traces_by_operations(backend, mode):
+    """Sizes are symbols in one mode: what is known of parameters that fitted has to do without a hash of them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    case = cases.make("mab")
+    arrays, params = case.trees(backend, "float64")[:2]
+    leaves = []
+    setattn.map_params(leaves.append, params)
+
+    def call(*given):
+        parts = iter(given[len(arrays) :])
+        return case.call(given[: len(arrays)], setattn.map_params(lambda _: next(parts), params), {})
+
+    traced = make_fx(call, tracing_mode=mode)(*arrays, *leaves)
+    found, direct = (backend.numpy(f(*arrays, *leaves)) for f in (traced, call))
+    assert_same_bits([found], [direct])
 
 
 @on_torch

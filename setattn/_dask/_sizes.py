@@ -83,5 +83,5 @@ def _rows(sizes: Sequence[int], fewer: float) -> int | float:
 
 
 def _bytes(size: float) -> str:
-    exponent = min(4, int(math.log(max(size, 1), 1000)))
+    exponent = min(4, int(math.log(max(float(f"{size:.3g}"), 1), 1000) + 1e-9))
     return f"{size / 1000**exponent:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
