@@ -30,7 +30,8 @@ class Plan(NamedTuple):
     block_size : int, optional
         How many elements of a set are worked through at a time; by default as many as keep the block in cache (on a
         GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set that is
-        attended to is one block unless a size is given here, and so are rows of a result, but for ``jax.jit`` on a CPU.
+        attended to is one block unless a size is given here, and so are rows of a result, but for ``jax.jit`` on one
+        CPU device.
     threads : int, default 1
         How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
         each; needs the package threadpoolctl. The result is the same for any number above 1. Other libraries have

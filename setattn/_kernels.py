@@ -72,7 +72,7 @@ def _writes(xp: Namespace) -> bool:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-_LONG = 4096  # numbers that NumPy adds up in pairs
+_LONG = 4096  # numbers, beyond which NumPy's sum, in pairs, is more exact than a product
 
 
 def row_sum(x: Array, xp: Namespace) -> Array:

@@ -81,14 +81,17 @@ def merge_blocks(a: State, b: State, xp: Namespace) -> State:
 def _common(a: State, b: State, xp: Namespace) -> tuple[Array, Array, Array]:
     """Return the largest score of both parts, and what the sums of each are multiplied with to be relative to it."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)
-    shift = _finite(largest, xp)
-    return largest, xp.exp(a.largest - shift), xp.exp(b.largest - shift)
+    return largest, _weight(a, largest, xp), _weight(b, largest, xp)
 
 
 def relative_to(largest: Array, state: State, xp: Namespace) -> State:
     """Express a state by the largest score of more than its own part of a set: such states are added up."""
-    w = xp.exp(state.largest - _finite(largest, xp))
+    w = _weight(state, largest, xp)
     return State(largest, state.total * w, state.weighted * w)
+
+
+def _weight(state: State, largest: Array, xp: Namespace) -> Array:
+    return xp.exp(state.largest - _finite(largest, xp))
 
 
 def finish(state: State, xp: Namespace) -> Array:

@@ -142,26 +142,26 @@ def has_table(params):
     return isinstance(params, tuple) and any(map(has_table, params))
 
 
+def collectives_of(backend, call):
+    """Compile a call and run it; the value is right, and what its program sends is returned."""
+    trees = call.trees(backend)
+    program = compiled(call.case.call, *trees)
+    value, bound = call.reference()
+    tolerances.assert_close(np.asarray(program(*trees)), value, bound, f"{call.case.function} sharded")
+    return collectives(program)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_set_is_sharded(backend, name):
     """Whatever the function: the value is right, and nothing is gathered."""
     call = sharded(name)
-    trees = call.trees(backend)
-    program = compiled(call.case.call, *trees)
-    value, bound = call.reference()
-    tolerances.assert_close(np.asarray(program(*trees)), value, bound, f"{call.case.function} sharded")
     allowed = {"all-reduce", "collective-permute"} if has_table(call.case.params) else {"all-reduce"}
-    assert set(collectives(program)) <= allowed
+    assert set(collectives_of(backend, call)) <= allowed
 
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_where_all_elements_are_asked_they_are_gathered(backend, name):
-    call = sharded(name)
-    trees = call.trees(backend)
-    program = compiled(call.case.call, *trees)
-    value, bound = call.reference()
-    tolerances.assert_close(np.asarray(program(*trees)), value, bound, f"{call.case.function} sharded")
-    assert collectives(program)["all-gather"]
+    assert collectives_of(backend, sharded(name))["all-gather"]
 
 
 @pytest.mark.parametrize("name", [n for n in cases.ONE_EACH if n not in GATHERED and "features" not in n])

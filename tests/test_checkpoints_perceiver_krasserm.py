@@ -70,7 +70,10 @@ def step(w, at, heads, x, y=None, residual=True):
     a = f"{at}.0.module" if residual else f"{at}.0"
     q = normed(x, w, f"{a}.norm" if y is None else f"{a}.q_norm")
     y = q if y is None else normed(y, w, f"{a}.kv_norm")
-    q, k, v = (affine(w, f"{a}.attention.{n}_proj", b).reshape(len(b), heads, -1) for n, b in zip("qkv", (q, y, y)))  # noqa: B905
+    q, k, v = (
+        affine(w, f"{a}.attention.{name}_proj", rows).reshape(len(rows), heads, -1)
+        for name, rows in {"q": q, "k": y, "v": y}.items()
+    )
     e = np.exp(np.einsum("mhd,nhd->hmn", q, k) / math.sqrt(q.shape[-1]))
     out = np.einsum("hmn,nhd->mhd", e / e.sum(axis=-1, keepdims=True), v).reshape(len(x), -1)
     out = affine(w, f"{a}.attention.o_proj", out)
