@@ -7,7 +7,7 @@ import math
 from setattn import _check as check
 from setattn import _parts as parts
 from setattn._attend import attend, by_queries, log_length_of
-from setattn._blocks import Block, Plan
+from setattn._blocks import Block, Plan, spreads
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context, ready
 from setattn._layers import Options, enter, options, select
@@ -111,7 +111,8 @@ def attention(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     q, y = Context(query), Context(context, mask, pair_mask, bias)
-    return evaluate(call, lambda p: attend_from(q, y, p, o), params)
+    spread = spreads(o.plan, o.xp, query, context)
+    return evaluate(call, lambda p: attend_from(q, y, p, o), params, spread=spread)
 
 
 def attention_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend
-from setattn._blocks import Plan
+from setattn._blocks import Plan, spreads
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
@@ -96,7 +96,7 @@ def attention_pool(
         y = pool_context(x, mask, p)._replace(norm=(), key_positions=key_positions)
         return _pool(Context(p.probe), y, p._replace(probe=(), input=(), position=()), o)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, x))
 
 
 @over_chunks

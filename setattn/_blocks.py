@@ -83,6 +83,17 @@ def sets_in_a_block(batch: Sequence[int], numbers: int, x: Array, xp: Namespace)
     return (axis, most) if batch[axis] > most else (None, 0)
 
 
+def spreads(plan: Plan, xp: Namespace, *data: Array) -> bool:
+    """Say whether blocks of the data of a call go to several threads: whether any are more than a block."""
+    return plan.threads > 1 and any(_exceeds_a_block(x, plan, xp) for x in data)
+
+
+def _exceeds_a_block(x: Array, plan: Plan, xp: Namespace) -> bool:
+    budget = block_bytes(x, xp)
+    assert budget is not None
+    return 4 * math.prod(x.shape) > budget or (plan.block_size is not None and x.shape[-2] > plan.block_size)
+
+
 def by_rows(
     function: Callable[[Array, Block | None], Array], x: Array, numbers: int, plan: Plan, xp: Namespace
 ) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from setattn._namespace import (
     native,
 )
 from setattn._params import map_params
+from setattn._threads import products_on_one_thread
 from setattn._typing import Array, Namespace
 
 
@@ -69,16 +71,18 @@ def begin(
     return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks, argument)
 
 
-def evaluate(call: Call, body: Callable[..., Array], params: Any) -> Array:
+def evaluate(call: Call, body: Callable[..., Array], params: Any, *, spread: bool = False) -> Array:
     """Compute ``body(params)``, in float32 where the arrays are of half precision, rounded once at the end.
 
-    The parameters are widened here; the data, which may be large, where a block of it is taken.
+    The parameters are widened here; the data, which may be large, where a block of it is taken. ``spread`` says that
+    blocks go to several threads.
     """
     if call.held is not None:
         lazy = call.chunks is None
         params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
+    threads = products_on_one_thread if spread and call.held is None else contextlib.nullcontext()
     try:
-        with ignore_underflow(call.xp):
+        with ignore_underflow(call.xp), threads:
             if not call.half:
                 return body(params)
             wide = map_params(lambda a: widen(a, namespace_of(a)), params)

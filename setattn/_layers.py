@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, TypeAlias
 from setattn import _check as check
 from setattn._blocks import Plan
 from setattn._call import Call, widen
-from setattn._kernels import gelu, into, layer_norm, matmul, matmul_add, relu, row_mean, row_mean_square, surely_within
+from setattn._kernels import (
+    by_pieces,
+    gelu,
+    into,
+    layer_norm,
+    matmul,
+    matmul_add,
+    relu,
+    row_mean,
+    row_mean_square,
+    surely_within,
+)
 from setattn._namespace import bits_of
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
@@ -115,11 +126,13 @@ def _squared_relu(x: Array, xp: Namespace) -> Array:
     return x * x
 
 
+@by_pieces
 def _gelu_tanh(x: Array, xp: Namespace) -> Array:
     z = xp.where(x > 10.0, 10.0, xp.where(x < -10.0, -10.0, x))  # beyond, tanh is 1 and the cube could overflow
     return 0.5 * x * (1.0 + xp.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
 
 
+@by_pieces
 def _silu(x: Array, xp: Namespace) -> Array:
     e = xp.exp(xp.where(x < 0, x, -x))
     return x * xp.where(x < 0, e, 1.0) / (1.0 + e)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan
+from setattn._blocks import Block, Plan, spreads
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
@@ -111,7 +111,12 @@ def mab(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     context = Context(y, mask, pair_mask)
-    return evaluate(call, lambda p: apply_mab(Context(x, query_mask), context, p, o, query_residual), params)
+    return evaluate(
+        call,
+        lambda p: apply_mab(Context(x, query_mask), context, p, o, query_residual),
+        params,
+        spread=spreads(o.plan, o.xp, x, y),
+    )
 
 
 def sab(
@@ -172,7 +177,8 @@ def sab(
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: apply_sab(x, p, o, query_residual, mask), params)
+    spread = spreads(o.plan, o.xp, x)
+    return evaluate(call, lambda p: apply_sab(x, p, o, query_residual, mask), params, spread=spread)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

@@ -95,7 +95,9 @@ class Torch(_Adapted):
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
         self.linear, self.layer_norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
-        self.gelu = torch.nn.functional.gelu
+        self.gelu, self.broadcast_shapes = torch.nn.functional.gelu, torch.broadcast_shapes
+        # What scaled_dot_product_attention calls on a CPU: it gives the sums of exponentials, too.
+        self.attention_on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
         self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
         self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 

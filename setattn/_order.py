@@ -42,6 +42,9 @@ class Order(NamedTuple):
     values: str = "project"
 
 
+PROJECT = Order()
+
+
 def multiplications(s: Sizes, order: Order) -> int:
     """Count the multiplications of an attention, all of its projections included."""
     return _of_scores(s)[order.scores] + _of_values(s)[order.values]

@@ -6,7 +6,7 @@ from typing import Any
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._blocks import Plan
+from setattn._blocks import Plan, spreads
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets
@@ -102,7 +102,7 @@ def perceiver(
         z = _perceiver(embedded(inputs, mask, p.input), p, o, depth, query_residual)
         return head(z, p.head, o)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, inputs))
 
 
 def perceiver_io(
@@ -196,7 +196,7 @@ def perceiver_io(
         q = learned if queries is None else Context(queries)
         return cross_attend(q, Context(z), (p.decoder, p.output), o, decoder_residual)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, inputs))
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan
+from setattn._blocks import Block, Plan, spreads
 from setattn._call import begin, evaluate
 from setattn._context import Context, ready
 from setattn._dask import of_sets, over_chunks
@@ -90,7 +90,8 @@ def cross_attention(
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
     z, y = Context(latents), Context(inputs, mask)
-    return evaluate(call, lambda p: cross_attend(z, y, (p, ()), o, query_residual), params)
+    spread = spreads(o.plan, o.xp, latents, inputs)
+    return evaluate(call, lambda p: cross_attend(z, y, (p, ()), o, query_residual), params, spread=spread)
 
 
 def latent_transformer(
@@ -152,7 +153,7 @@ def latent_transformer(
         # A result never shares memory with an argument, even where there is nothing to do.
         return of_sets(transform, latents, params, o) if params else call.xp.astype(latents, latents.dtype, copy=True)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, latents))
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

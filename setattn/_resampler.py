@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend
-from setattn._blocks import Block, Plan, by_rows
+from setattn._blocks import Block, Plan, by_rows, spreads
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets, outright, over_chunks, whole_sets
@@ -113,7 +113,7 @@ def perceiver_resampler(
             z = _resample(Context(z), y, layer, o)
         return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, features))
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

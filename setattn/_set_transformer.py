@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._blocks import Plan
+from setattn._blocks import Plan, spreads
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets, over_chunks
@@ -72,7 +72,8 @@ def isab(
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: _isab(x, p, o, query_residual, mask), params)
+    spread = spreads(o.plan, o.xp, x)
+    return evaluate(call, lambda p: _isab(x, p, o, query_residual, mask), params, spread=spread)
 
 
 def pma(
@@ -133,7 +134,8 @@ def pma(
     check.context_mask(call, mask, x, "x")
     o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    return evaluate(call, lambda p: _pma(x, p, o, query_residual, mask), params)
+    spread = spreads(o.plan, o.xp, x)
+    return evaluate(call, lambda p: _pma(x, p, o, query_residual, mask), params, spread=spread)
 
 
 def set_transformer(
@@ -204,7 +206,7 @@ def set_transformer(
                 h = apply_sab(h, block, o, query_residual, mask)
         return decode(_pma(h, params.pma, o, query_residual, mask), params, o, query_residual)
 
-    return evaluate(call, body, params)
+    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, x))
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

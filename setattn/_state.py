@@ -11,11 +11,11 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
-from setattn._kernels import at_least, exp_into, into, matmul, row_sum
+from setattn._kernels import at_least, exp_into, fused_attention, fuses, into, matmul, row_max, row_sum
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
 from setattn._memory import like_rows
 from setattn._namespace import largest_number
-from setattn._order import Order, Sizes, choose
+from setattn._order import PROJECT, Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
 from setattn._typing import Array, Namespace
 
@@ -43,6 +43,9 @@ class State(NamedTuple):
 def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     """Attend from queries to a part of a set that is ready."""
     xp = o.xp
+    fused = _fused_state(q, context, p, o) if _fuses(q, context, p, xp) else None
+    if fused is not None:
+        return fused
     s = _scores(q, context, p, o)
     largest = _largest(s, xp)
     e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
@@ -53,6 +56,25 @@ def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
         values, context = _values(context, p, xp)
         weighted = matmul(e, values, xp)
     return State(largest, total, _poisoned(weighted, context, xp))
+
+
+def _fuses(q: Queries, context: Context, p: Attention, xp: Namespace) -> bool:
+    """Say whether a kernel makes the state of projected queries and keys."""
+    if q.order != PROJECT or context.bias is not None or context.pair_mask is not None:
+        return False
+    return fuses(q.array, context.elements.shape[-2], p.value.weight.shape[-1], xp)
+
+
+def _fused_state(q: Queries, context: Context, p: Attention, o: Options) -> State | None:
+    """Make a state by one kernel, relative to the logarithms of its sums in place of its largest scores."""
+    xp = o.xp
+    values, context = _values(context, p, xp)
+    fused = fused_attention(q.array, _keys(q, context, p, o), values, context.mask, xp)
+    if fused is None:
+        return None
+    weighted, logs = fused
+    logs = logs[..., None]
+    return State(logs, xp.where(logs == -math.inf, 0.0, xp.ones_like(logs)), weighted)
 
 
 def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
@@ -198,8 +220,7 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
         s = _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp)
         return (s if q.shift is None else into("add", s, q.shift, xp)), True
-    k = _heads_first(norm(_project(context.key_elements(), p.key, xp), p.key_norm, o), xp)
-    k = k if q.scale == 1.0 else k * q.scale
+    k = _keys(q, context, p, o)
     if q.order.scores == "project":
         if o.eager and 4 * q.array.shape[-2] > k.shape[-2]:
             return matmul(k, xp.matrix_transpose(q.array), xp), False
@@ -210,6 +231,12 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
     carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
     s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)
     return (s if is_absent(p.query.bias) else into("add", s, matmul(k, p.query.bias[..., None], xp), xp)), False
+
+
+def _keys(q: Queries, context: Context, p: Attention, o: Options) -> Array:
+    """Project the elements to keys ``(..., kv_heads, n, head_dim)``, scaled where the queries are not."""
+    k = _heads_first(norm(_project(context.key_elements(), p.key, o.xp), p.key_norm, o), o.xp)
+    return k if q.scale == 1.0 else k * q.scale
 
 
 def _masked(s: Array, context: Context, upright: bool, xp: Namespace) -> Array:
@@ -234,7 +261,7 @@ def _largest(s: Array, xp: Namespace) -> Array:
     """Return the largest score of each query; of no scores it is ``-inf``."""
     if s.shape[-1] == 0:
         return xp.sum(s, axis=-1, keepdims=True) - math.inf
-    return xp.max(s, axis=-1, keepdims=True)
+    return row_max(s, xp)
 
 
 def _finite(largest: Array, xp: Namespace) -> Array:

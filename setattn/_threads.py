@@ -33,14 +33,16 @@ def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterato
 
     from concurrent.futures import ThreadPoolExecutor  # which takes its time to be imported
 
-    with _products_on_one_thread, ThreadPoolExecutor(min(threads, len(items))) as pool:
+    with products_on_one_thread, ThreadPoolExecutor(min(threads, len(items))) as pool:
         yield from pool.map(work, [contextvars.copy_context() for _ in items], items)
 
 
 class _ProductsOnOneThread(contextlib.AbstractContextManager[None]):
     """Holds the threads of BLAS at one while any call needs it; that is a setting of the whole process.
 
-    Two calls that overlap must not restore what the other one had set, so only the last one out restores.
+    Two calls that overlap must not restore what the other one had set, so only the last one out restores. A call whose
+    blocks go to several threads holds it from its beginning: the threads of BLAS that have taken part in a product wait
+    for the next one in a loop, for some 20 ms, and take a processor each.
     """
 
     def __init__(self) -> None:
@@ -65,4 +67,4 @@ class _ProductsOnOneThread(contextlib.AbstractContextManager[None]):
                 self._limit.restore_original_limits()
 
 
-_products_on_one_thread = _ProductsOnOneThread()
+products_on_one_thread = _ProductsOnOneThread()

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import setattn
-from setattn import Plan, _attend, _blocks, _layers, _state, _threads
+from setattn import Plan, _attend, _blocks, _kernels, _layers, _state, _threads
 
 UNPLANNED = ("fourier_features", "sincos_features", "attention_weights")
 PLANNED = [name for name in cases.NAMES if not name.startswith(UNPLANNED)]
@@ -337,6 +337,25 @@ def test_threads_of_the_products_come_back():
     for caller in callers:
         caller.join()
     assert threads() == before
+
+
+def test_products_stay_on_one_thread_for_the_whole_call(monkeypatch):
+    """Where data are more than a block; where nothing goes to threads, a product may have all of them."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    counts, product = [], _kernels.matmul_add
+
+    def spy(*arguments):
+        pools = threadpoolctl.threadpool_info()
+        counts.append({pool["num_threads"] for pool in pools if pool["user_api"] == "blas"})
+        return product(*arguments)
+
+    monkeypatch.setattr(_layers, "matmul_add", spy)
+    params = setattn.init_isab(8, num_inducing=4, num_heads=2, norm="layer", rng=0)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        for n, size, most in ((64, 16, 1), (64, None, 2), (200_000, None, 1)):
+            counts.clear()
+            setattn.isab(normal(n, 8), params, plan=Plan(block_size=size, threads=2))
+            assert set(map(frozenset, counts)) == {frozenset({most})}, (n, size)
 
 
 def test_a_block_on_a_thread_spreads_no_blocks():

@@ -278,6 +278,7 @@ def test_no_extrema_against_scalars_and_no_numpy_mathematics():
 
 WRITTEN = {
     "_namespace.py": {"_namespaces", "_adapted"},  # what has been looked up
+    "_kernels.py": {"results"},  # that pieces are put into
     "_memory.py": {"out", "shape"},  # the result that blocks are put into; a list
 }
 
