@@ -95,6 +95,23 @@ def test_inspect_takes_options(say, refused, folder):
     assert got == "--option heads is no option of any layout"
 
 
+def test_inspect_finds_a_count_that_other_shapes_tell(say, folder):
+    """Norms of heads have their width: what is not given is not taken for 1, which would speak against the layout."""
+    shapes = {f"cross_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+    shapes |= {f"cross_attn.{name}_layer_norm.weight": (2,) for name in "qk"}
+    shapes |= {f"{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+    shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+    shapes |= {"alpha_cross_attn": (1,), "alpha_dense": (1,)}
+    write(folder / "gated.safetensors", {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    _, output, _ = say("inspect", "gated.safetensors")
+    assert "layout   idefics-gated (" in output
+    assert "cross_attention.attention.query.weight (dim 8, num_heads 4, head_dim 2)" in words(output)
+    assert "  num_heads = 4  (the only one that the shapes allow; number of heads of the attention)\n" in output
+    assert output.endswith(" --layout idefics-gated --option num_heads=4\n")
+    [call] = [line for line in output.splitlines() if line.startswith("  setattn.load(")]
+    assert eval(call, {"setattn": setattn}).params.cross_attention.attention.query.weight.shape == (D, 4, 2)
+
+
 def test_inspect_looks_where_it_is_told(say, folder):
     tensors = {name: a for i in range(2) for name, a in weights(f"a.{i}.", i).items()}
     write(folder / "two.safetensors", tensors)

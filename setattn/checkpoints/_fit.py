@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ class Fit(NamedTuple):
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     problems: tuple[str, ...]
+    options: Mapping[str, Any]  # that it was matched with
+    told: str = ""  # the one of them that was not known and has the only value that the shapes allow
 
     @property
     def is_whole(self) -> bool:
@@ -35,7 +38,8 @@ def fit(layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mappi
     findings = Findings(mine, None, layout.convention)
     layout.build(Weights(findings, prefix), **options)
     unexpected = tuple(name for name in mine if name not in findings.used)
-    return Fit(layout, prefix, tuple(findings.used), tuple(findings.missing), unexpected, tuple(findings.problems))
+    used, missing, problems = map(tuple, (findings.used, findings.missing, findings.problems))
+    return Fit(layout, prefix, used, missing, unexpected, problems, options)
 
 
 def fits(
@@ -49,10 +53,31 @@ def fits(
     """Match all layouts, or one, under a prefix, or under all that come into question; the best ones come first."""
     found: list[Fit] = []
     for candidate in known_layouts().values() if layout is None else (layout,):
-        options = for_matching(candidate, given, config)
+        options, guesses = for_matching(candidate, given, config)
         places = _prefixes(candidate, shapes) if prefix is None else [prefix]
-        found.extend(fit(candidate, shapes, place, options) for place in places)
+        found.extend(_fit_by_guesses(candidate, shapes, place, options, guesses) for place in places)
     return sorted(found, key=lambda f: (-_share(f), f.prefix, f.layout.name))
+
+
+_LARGEST_GUESS = 256
+
+
+def _fit_by_guesses(
+    layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mapping[str, Any], guesses: tuple[str, ...]
+) -> Fit:
+    """Match names; a count that is a guess of 1 is another one where the shapes do not allow 1."""
+    first = fit(layout, shapes, prefix, options)
+    if not first.is_whole or not first.problems:
+        return first
+    mine = {name: shapes[name] for name in first.used}
+    sizes = {size for shape in mine.values() for size in shape}
+    counts = [n for n in range(2, _LARGEST_GUESS + 1) if any(size % n == 0 for size in sizes)]
+    for guess in guesses:
+        tried = (fit(layout, mine, prefix, {**options, guess: n}) for n in counts)
+        allowed = list(itertools.islice((f for f in tried if not f.problems), 2))
+        if allowed:
+            return allowed[0]._replace(told=guess if len(allowed) == 1 else "")
+    return first
 
 
 def _share(f: Fit) -> float:
