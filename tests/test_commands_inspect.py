@@ -72,9 +72,20 @@ def test_inspect_says_why_nothing_fits(say, folder):
     _, output, _ = say("inspect", "other.npz")
     assert "dtypes   float64 (1 tensor, 24 bytes), int64 (1 tensor, 16 bytes)\n" in output
     assert "No tensor of a known layout is here." in output
-    assert f"  {'siglip':24} probe\n" in output
+    width = max(map(len, setattn.layouts()))
+    assert f"  {'siglip':{width}}  probe\n" in output
     _, output, _ = say("inspect", "other.npz", "--prefix", "b")
     assert "No tensor of a known layout is here under prefix 'b'." in output
+
+
+def test_inspect_finds_a_layout_whose_anchor_is_missing(say, folder):
+    tensors = weights(PREFIX) | {"other.layer.mlp.fc1.weight": np.ones((2, 2), np.float32)}
+    del tensors[f"{PREFIX}probe"]
+    write(folder / "bad.safetensors", tensors)
+    _, output, _ = say("inspect", "bad.safetensors")
+    assert "No layout fits whole. Those that come nearest:\n" in output
+    assert f"  siglip under prefix {PREFIX!r}: 91 % of the names are in both\n    missing {PREFIX}probe\n" in output
+    assert "other.layer." not in output
 
 
 def test_inspect_takes_options(say, refused, folder):

@@ -91,8 +91,9 @@ def _nothing(args: argparse.Namespace, report: Report) -> Iterator[str]:
         yield f"No layout fits whole{where}. Those that come nearest:"
         return
     yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
+    width = max(map(len, layouts()))
     for layout in layouts().values():
-        yield f"  {layout.name:24} {', '.join(layout.anchors)}"
+        yield f"  {layout.name:{width}}  {', '.join(layout.anchors)}"
 
 
 def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,9 +55,21 @@ def fits(
     found: list[Fit] = []
     for candidate in known_layouts().values() if layout is None else (layout,):
         options, guesses = for_matching(candidate, given, config)
-        places = _prefixes(candidate, shapes) if prefix is None else [prefix]
+        places = _prefixes(candidate, candidate.anchors, shapes) if prefix is None else [prefix]
         found.extend(_fit_by_guesses(candidate, shapes, place, options, guesses) for place in places)
-    return sorted(found, key=lambda f: (-_share(f), f.prefix, f.layout.name))
+    return sorted(found, key=_rank)
+
+
+def nearest(shapes: Mapping[str, Shape], given: Mapping[str, Any], config: Mapping[str, Any]) -> list[Fit]:
+    """Match all layouts also where their anchor is missing, but most of the other tensors that they need are there."""
+    found: list[Fit] = []
+    for layout in known_layouts().values():
+        options, guesses = for_matching(layout, given, config)
+        needed = fit(layout, {}, "", options).missing
+        most = [place for place, n in _prefixes(layout, needed, shapes).items() if 2 * n > len(needed)]
+        places = dict.fromkeys([*_prefixes(layout, layout.anchors, shapes), *most])
+        found.extend(_fit_by_guesses(layout, shapes, place, options, guesses) for place in places)
+    return sorted(found, key=_rank)
 
 
 _LARGEST_GUESS = 256
@@ -80,20 +93,20 @@ def _fit_by_guesses(
     return first
 
 
-def _share(f: Fit) -> float:
-    return len(f.used) / max(len(f.used) + len(f.missing) + len(f.unexpected), 1)
+def _rank(f: Fit) -> tuple[float, str, str]:
+    share = len(f.used) / max(len(f.used) + len(f.missing) + len(f.unexpected), 1)
+    return -share, f.prefix, f.layout.name
 
 
-def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
-    """Return the prefixes under which a file has an anchor of a layout."""
+def _prefixes(layout: Layout, names: Iterable[str], shapes: Mapping[str, Shape]) -> Counter[str]:
+    """Count the tensors of these names that a file has under each prefix."""
     separator = layout.convention.separator
-    places = {
-        name.removesuffix(anchor): None
-        for name in shapes
-        for anchor in layout.anchors
-        if name == anchor or name.endswith(separator + anchor)
-    }
-    return list(places)
+    return Counter(
+        there.removesuffix(name)
+        for there in shapes
+        for name in names
+        if there == name or there.endswith(separator + name)
+    )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from setattn._errors import OptionError
 from setattn._params import count_params
 from setattn.checkpoints._canonical import is_canonical, load_canonical
-from setattn.checkpoints._fit import Fit, fits, grouped, listed
+from setattn.checkpoints._fit import Fit, fits, grouped, listed, nearest
 from setattn.checkpoints._options import choose_options, configured, read_config
 from setattn.checkpoints._safetensors import itemsize
 from setattn.checkpoints._sources import Source, open_source
@@ -95,6 +95,8 @@ def examine(
         return Report(len(opened.shapes), dtypes, (_saved(opened, file),), ())
     what = _Known(file, opened, options or {}, read_config(config, opened.folder), config)
     found = fits(opened.shapes, what.options, what.config, prefix=prefix)
+    if prefix is None and not any(f.is_whole for f in found):
+        found = nearest(opened.shapes, what.options, what.config)
     good = [f for f in found if f.is_whole and not f.problems]
     places = [
         _place(several[0], what)._replace(prefixes=tuple(f.prefix for f in several), part_of=outer)
