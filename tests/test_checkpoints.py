@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
 import zipfile
 
@@ -676,6 +677,41 @@ def test_a_member_that_is_there_twice(tmp_path):
         npz(tmp_path / "model.npz", [("a.npy", array), ("a.npy", array)])
     with pytest.raises(CheckpointError, match="each name once, where 'a' is there twice"):
         setattn.load(tmp_path / "model.npz")
+
+
+def test_members_that_overlap(tmp_path):
+    """Of one file of zeros that is the content of several arrays, more could be made than it has bytes."""
+    zeros = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (5000,)}", b"\0" * 5000)
+    with zipfile.ZipFile(npz(tmp_path / "inner.npz", [("b.npy", zeros)])) as archive:
+        [inner] = archive.infolist()
+    raw = (tmp_path / "inner.npz").read_bytes()[: 30 + len("b.npy") + len(zeros)]
+    head = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(raw)},)}}")
+    with zipfile.ZipFile(tmp_path / "model.npz", "w") as archive:
+        archive.writestr("a.npy", head + raw)
+        inner.header_offset = 30 + len("a.npy") + len(head)
+        archive.filelist.append(inner)
+    with pytest.raises(CheckpointError, match="(?i)overlap"):  # newer versions of Python say so themselves
+        setattn.load(tmp_path / "model.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_that_is_cut_is_refused_by_name_and_byte(tmp_path, save):
+    path = tmp_path / "model.npz"
+    save(path, **weights("float32"))
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        first, second, *_, last = archive.infolist()
+        data = last.header_offset + 30 + len(last.filename) + 20 + last.compress_size
+    for size, says in {
+        data - 1: f"array {last.filename[:-4]!r} up to byte {data}, where the file ends at {data - 1}",
+        second.header_offset - 1: f"array {first.filename[:-4]!r} up to byte {second.header_offset}, where",
+        second.header_offset + 40: f"the rest of an archive from byte {second.header_offset} on, where the file ends",
+        data + 10: f"the rest of an archive from byte {data} on, where the file ends at {data + 10}",
+        10: "a whole .npz file: ",
+    }.items():
+        path.write_bytes(raw[:size])
+        with pytest.raises(CheckpointError, match=re.escape(says)):
+            setattn.load(path)
 
 
 @pytest.fixture(scope="module")
