@@ -55,7 +55,7 @@ def fits(
     found: list[Fit] = []
     for candidate in known_layouts().values() if layout is None else (layout,):
         options, guesses = for_matching(candidate, given, config)
-        places = _prefixes(candidate, candidate.anchors, shapes) if prefix is None else [prefix]
+        places = _prefixes(candidate.anchors, shapes) if prefix is None else [prefix]
         found.extend(_fit_by_guesses(candidate, shapes, place, options, guesses) for place in places)
     return sorted(found, key=_rank)
 
@@ -66,8 +66,8 @@ def nearest(shapes: Mapping[str, Shape], given: Mapping[str, Any], config: Mappi
     for layout in known_layouts().values():
         options, guesses = for_matching(layout, given, config)
         needed = fit(layout, {}, "", options).missing
-        most = [place for place, n in _prefixes(layout, needed, shapes).items() if 2 * n > len(needed)]
-        places = dict.fromkeys([*_prefixes(layout, layout.anchors, shapes), *most])
+        most = [place for place, n in _prefixes(needed, shapes).items() if 2 * n > len(needed)]
+        places = dict.fromkeys([*_prefixes(layout.anchors, shapes), *most])
         found.extend(_fit_by_guesses(layout, shapes, place, options, guesses) for place in places)
     return sorted(found, key=_rank)
 
@@ -98,14 +98,13 @@ def _rank(f: Fit) -> tuple[float, str, str]:
     return -share, f.prefix, f.layout.name
 
 
-def _prefixes(layout: Layout, names: Iterable[str], shapes: Mapping[str, Shape]) -> Counter[str]:
-    """Count the tensors of these names that a file has under each prefix."""
-    separator = layout.convention.separator
+def _prefixes(names: Iterable[str], shapes: Mapping[str, Shape]) -> Counter[str]:
+    """Count the tensors of these names that a file has under each prefix, which may be the key of a nested mapping."""
     return Counter(
         there.removesuffix(name)
         for there in shapes
         for name in names
-        if there == name or there.endswith(separator + name)
+        if there == name or there.endswith((f".{name}", f"/{name}"))
     )
 
 
