@@ -20,6 +20,7 @@ from siglip import HEADS, PREFIX, SHAPES, D, F
 
 import setattn
 from setattn import CheckpointError, DTypeError, NamespaceError, OptionError, ParameterError
+from setattn.checkpoints._layout import REQUIRED
 
 KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "uint8": "U8"}
 
@@ -472,6 +473,14 @@ def test_options_that_are_missing_or_wrong(options, says):
         setattn.load(weights(), **({"layout": "siglip"} | options))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_must_be_given_says_where_it_is_found():
+    for layout in setattn.layouts().values():
+        for option in layout.options:
+            if option.default is REQUIRED:
+                told = option.config or re.search(r"the arguments? \w.* of the original", option.about)
+                assert told, (layout.name, option.name)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[1, 2]", "[" * 100_000])
