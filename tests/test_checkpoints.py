@@ -639,10 +639,11 @@ def test_a_dtype_that_is_not_read_is_refused_when_it_is_needed(tmp_path):
         setattn.load(tmp_path / "model.safetensors", num_heads=HEADS)
 
 
-def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+@pytest.mark.parametrize("stored", [np.float32, np.uint16])
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, stored):
     from setattn.checkpoints._sources import open_source
 
-    path = write(tmp_path / "model.safetensors", weights("float32"))
+    path = write(tmp_path / "model.safetensors", {name: np.zeros(shape, stored) for name, shape in SHAPES.items()})
     source = open_source(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"tensor 'mlp.fc2.weight' up to byte \d+, where the file ends at \d+"):

@@ -97,15 +97,16 @@ def _numbers(file: BinaryIO, kind: str, count: int) -> np.ndarray[Any, Any]:
     stored = np.dtype(_DTYPES[kind][0])
     if kind != "BF16":
         return np.fromfile(file, stored, count)
-    wide, there = np.empty(count, np.uint32), 0
+    wide, there = np.empty(count, np.float32), 0
+    bits = wide.view(np.uint32)
     while there < count:
         part = np.fromfile(file, stored, min(_PART, count - there))
         if not part.size:
             break
-        wide[there : there + part.size] = part
+        bits[there : there + part.size] = part
         there += part.size
-    wide <<= 16
-    return wide[:there].view(np.float32)
+    bits <<= 16
+    return wide[:there]
 
 
 def _broken(path: Path, wanted: str) -> CheckpointError:
