@@ -9,6 +9,7 @@ import pytest
 
 import setattn
 from setattn import CheckpointError, OptionError
+from setattn.checkpoints._inspect import examine
 
 LATENTS, DIM, INPUTS, QUERIES, OUT, VOCABULARY, PLACES = 5, 6, 7, 8, 4, 11, 9
 HEADS = {"cross": 2, "self": 3, "decoder": 1}
@@ -214,3 +215,11 @@ def test_what_shapes_do_not_say_must_be_given(missing):
     given = {name: value for name, value in OPTIONS.items() if name != missing}
     with pytest.raises(OptionError, match=rf"argument '{missing}' is not given; .*: model_config\.(en|de)coder\.num_"):
         setattn.load(weights(model()), "perceiver-io-krasserm", **given)
+
+
+def test_what_is_not_told_is_no_reason_against_the_layout():
+    """A second group of self-attentions is there for several passes; how many, no shape says."""
+    report = examine(weights(model("self_attn_n")))
+    [place] = report.places
+    assert (place.layout, report.misses) == ("perceiver-io-krasserm", ())
+    assert [s.name for s in place.settings if s.origin == "needed"] == list(OPTIONS)

@@ -448,13 +448,21 @@ def test_the_scale_is_the_widths():
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["set-transformer", "set-transformer-pyg", "set-transformer-dgl"])
-def test_heads_must_be_told(layout):
+@pytest.mark.parametrize(
+    ("layout", "arguments"),
+    [
+        ("set-transformer", "argument num_heads"),
+        ("set-transformer-pyg", "argument heads"),
+        ("set-transformer-dgl", "arguments n_heads and num_heads"),
+    ],
+)
+def test_heads_must_be_told(layout, arguments):
     kind = next(kind for kind in KINDS.values() if kind.layout == layout)
     with pytest.raises(OptionError) as caught:
         setattn.load(drawn(kind.shapes))
     assert caught.value.argument == "num_heads"
-    assert caught.value.wanted == f"an integer for layout {layout!r}: number of heads of every attention"
+    where = f"the {arguments} of the original"
+    assert caught.value.wanted == f"an integer for layout {layout!r}: number of heads of every attention, {where}"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -72,9 +72,20 @@ def test_inspect_says_why_nothing_fits(say, folder):
     _, output, _ = say("inspect", "other.npz")
     assert "dtypes   float64 (1 tensor, 24 bytes), int64 (1 tensor, 16 bytes)\n" in output
     assert "No tensor of a known layout is here." in output
-    assert f"  {'siglip':24} probe\n" in output
+    width = max(map(len, setattn.layouts()))
+    assert f"  {'siglip':{width}}  probe\n" in output
     _, output, _ = say("inspect", "other.npz", "--prefix", "b")
     assert "No tensor of a known layout is here under prefix 'b'." in output
+
+
+def test_inspect_finds_a_layout_whose_anchor_is_missing(say, folder):
+    tensors = weights(PREFIX) | {"other.layer.mlp.fc1.weight": np.ones((2, 2), np.float32)}
+    del tensors[f"{PREFIX}probe"]
+    write(folder / "bad.safetensors", tensors)
+    _, output, _ = say("inspect", "bad.safetensors")
+    assert "No layout fits whole. Those that come nearest:\n" in output
+    assert f"  siglip under prefix {PREFIX!r}: 91 % of the names are in both\n    missing {PREFIX}probe\n" in output
+    assert "other.layer." not in output
 
 
 def test_inspect_takes_options(say, refused, folder):
@@ -93,6 +104,23 @@ def test_inspect_takes_options(say, refused, folder):
     assert "  num_heads is not usable: what is given is 'two'; wanted an integer of at least 1\n" in output
     got = refused("inspect", "head.safetensors", "--option", "heads=2")
     assert got == "--option heads is no option of any layout"
+
+
+def test_inspect_finds_a_count_that_other_shapes_tell(say, folder):
+    """Norms of heads have their width: what is not given is not taken for 1, which would speak against the layout."""
+    shapes = {f"cross_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+    shapes |= {f"cross_attn.{name}_layer_norm.weight": (2,) for name in "qk"}
+    shapes |= {f"{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+    shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+    shapes |= {"alpha_cross_attn": (1,), "alpha_dense": (1,)}
+    write(folder / "gated.safetensors", {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    _, output, _ = say("inspect", "gated.safetensors")
+    assert "layout   idefics-gated (" in output
+    assert "cross_attention.attention.query.weight (dim 8, num_heads 4, head_dim 2)" in words(output)
+    assert "  num_heads = 4  (the only one that the shapes allow; number of heads of the attention)\n" in output
+    assert output.endswith(" --layout idefics-gated --option num_heads=4\n")
+    [call] = [line for line in output.splitlines() if line.startswith("  setattn.load(")]
+    assert eval(call, {"setattn": setattn}).params.cross_attention.attention.query.weight.shape == (D, 4, 2)
 
 
 def test_inspect_looks_where_it_is_told(say, folder):

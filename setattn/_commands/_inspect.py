@@ -91,8 +91,9 @@ def _nothing(args: argparse.Namespace, report: Report) -> Iterator[str]:
         yield f"No layout fits whole{where}. Those that come nearest:"
         return
     yield f"No tensor of a known layout is here{where}. The layouts, with the tensors that they are found by:"
+    width = max(map(len, layouts()))
     for layout in layouts().values():
-        yield f"  {layout.name:24} {', '.join(layout.anchors)}"
+        yield f"  {layout.name:{width}}  {', '.join(layout.anchors)}"
 
 
 def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
@@ -117,7 +118,7 @@ def _place(args: argparse.Namespace, place: Place) -> Iterator[str]:
     words += [f"--prefix {shlex.quote(place.prefixes[0])}"] if place.prefixes[0] else []
     words += [f"--config {shlex.quote(str(args.config))}"] if args.config else []
     words += [f"--dtype {place.call.partition('dtype=numpy.')[2][:7]}"] if "dtype=numpy." in place.call else []
-    words += [f"--option {s.name}={s.value}" for s in place.settings if s.origin == "given"]
+    words += [f"--option {s.name}={s.value}" for s in place.settings if s.origin in ("given", "shapes")]
     words += [f"--option {name}=..." for name in guesses]
     yield f"  python -m setattn run {shlex.quote(str(args.file))} INPUT.npy OUTPUT.npy {' '.join(words)}"
 
@@ -126,7 +127,12 @@ def _setting(setting: Setting) -> str:
     name, value, origin, about = setting
     if value is None and origin in ("needed", "wrong"):
         return f"{name} is {'needed' if origin == 'needed' else 'not usable'}: {about}"
-    sources = {"config": f"config.json: {about}", "default": f"default; {about}", "file": "in the file"}
+    sources = {
+        "config": f"config.json: {about}",
+        "default": f"default; {about}",
+        "shapes": f"the only one that the shapes allow; {about}",
+        "file": "in the file",
+    }
     return f"{name} = {value}  ({sources.get(origin, about)})"
 
 

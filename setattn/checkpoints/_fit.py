@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ class Fit(NamedTuple):
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     problems: tuple[str, ...]
+    options: Mapping[str, Any]  # that it was matched with
+    told: str = ""  # the one of them that was not known and has the only value that the shapes allow
 
     @property
     def is_whole(self) -> bool:
@@ -35,7 +39,8 @@ def fit(layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mappi
     findings = Findings(mine, None, layout.convention)
     layout.build(Weights(findings, prefix), **options)
     unexpected = tuple(name for name in mine if name not in findings.used)
-    return Fit(layout, prefix, tuple(findings.used), tuple(findings.missing), unexpected, tuple(findings.problems))
+    used, missing, problems = map(tuple, (findings.used, findings.missing, findings.problems))
+    return Fit(layout, prefix, used, missing, unexpected, problems, options)
 
 
 def fits(
@@ -49,26 +54,58 @@ def fits(
     """Match all layouts, or one, under a prefix, or under all that come into question; the best ones come first."""
     found: list[Fit] = []
     for candidate in known_layouts().values() if layout is None else (layout,):
-        options = for_matching(candidate, given, config)
-        places = _prefixes(candidate, shapes) if prefix is None else [prefix]
-        found.extend(fit(candidate, shapes, place, options) for place in places)
-    return sorted(found, key=lambda f: (-_share(f), f.prefix, f.layout.name))
+        options, guesses = for_matching(candidate, given, config)
+        places = _prefixes(candidate.anchors, shapes) if prefix is None else [prefix]
+        found.extend(_fit_by_guesses(candidate, shapes, place, options, guesses) for place in places)
+    return sorted(found, key=_rank)
 
 
-def _share(f: Fit) -> float:
-    return len(f.used) / max(len(f.used) + len(f.missing) + len(f.unexpected), 1)
+def nearest(shapes: Mapping[str, Shape], given: Mapping[str, Any], config: Mapping[str, Any]) -> list[Fit]:
+    """Match all layouts also where their anchor is missing, but most of the other tensors that they need are there."""
+    found: list[Fit] = []
+    for layout in known_layouts().values():
+        options, guesses = for_matching(layout, given, config)
+        needed = fit(layout, {}, "", options).missing
+        most = [place for place, n in _prefixes(needed, shapes).items() if 2 * n > len(needed)]
+        places = dict.fromkeys([*_prefixes(layout.anchors, shapes), *most])
+        found.extend(_fit_by_guesses(layout, shapes, place, options, guesses) for place in places)
+    return sorted(found, key=_rank)
 
 
-def _prefixes(layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
-    """Return the prefixes under which a file has an anchor of a layout."""
-    separator = layout.convention.separator
-    places = {
-        name.removesuffix(anchor): None
-        for name in shapes
-        for anchor in layout.anchors
-        if name == anchor or name.endswith(separator + anchor)
-    }
-    return list(places)
+_LARGEST_GUESS = 256
+
+
+def _fit_by_guesses(
+    layout: Layout, shapes: Mapping[str, Shape], prefix: str, options: Mapping[str, Any], guesses: tuple[str, ...]
+) -> Fit:
+    """Match names; a count that is a guess of 1 is another one where the shapes do not allow 1."""
+    first = fit(layout, shapes, prefix, options)
+    if not first.is_whole or not first.problems:
+        return first
+    mine = {name: shapes[name] for name in first.used}
+    sizes = {size for shape in mine.values() for size in shape}
+    counts = [n for n in range(2, _LARGEST_GUESS + 1) if any(size % n == 0 for size in sizes)]
+    for guess in guesses:
+        tried = (fit(layout, mine, prefix, {**options, guess: n}) for n in counts)
+        allowed = list(itertools.islice((f for f in tried if not f.problems), 2))
+        if allowed:
+            return allowed[0]._replace(told=guess if len(allowed) == 1 else "")
+    return first
+
+
+def _rank(f: Fit) -> tuple[float, str, str]:
+    share = len(f.used) / max(len(f.used) + len(f.missing) + len(f.unexpected), 1)
+    return -share, f.prefix, f.layout.name
+
+
+def _prefixes(names: Iterable[str], shapes: Mapping[str, Shape]) -> Counter[str]:
+    """Count the tensors of these names that a file has under each prefix, which may be the key of a nested mapping."""
+    return Counter(
+        there.removesuffix(name)
+        for there in shapes
+        for name in names
+        if there == name or there.endswith((f".{name}", f"/{name}"))
+    )
 
 
 def listed(names: Iterable[str]) -> str:

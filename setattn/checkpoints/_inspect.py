@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from setattn._errors import OptionError
 from setattn._params import count_params
 from setattn.checkpoints._canonical import is_canonical, load_canonical
-from setattn.checkpoints._fit import Fit, fits, grouped, listed
-from setattn.checkpoints._layout import Layout
-from setattn.checkpoints._options import choose_options, configured, for_matching, read_config
+from setattn.checkpoints._fit import Fit, fits, grouped, listed, nearest
+from setattn.checkpoints._options import choose_options, configured, read_config
 from setattn.checkpoints._safetensors import itemsize
 from setattn.checkpoints._sources import Source, open_source
 from setattn.checkpoints._words import Dim, Stand, arrays_of, name_dims
@@ -29,7 +28,7 @@ class Setting(NamedTuple):
 
     name: str
     value: Any
-    origin: str  # "given", "config", "default", "file" where the value is known; "needed", "wrong" where it is not
+    origin: str  # "given", "config", "default", "shapes", "file" where it is known; "needed", "wrong" where it is not
     about: str
 
 
@@ -96,6 +95,8 @@ def examine(
         return Report(len(opened.shapes), dtypes, (_saved(opened, file),), ())
     what = _Known(file, opened, options or {}, read_config(config, opened.folder), config)
     found = fits(opened.shapes, what.options, what.config, prefix=prefix)
+    if prefix is None and not any(f.is_whole for f in found):
+        found = nearest(opened.shapes, what.options, what.config)
     good = [f for f in found if f.is_whole and not f.problems]
     places = [
         _place(several[0], what)._replace(prefixes=tuple(f.prefix for f in several), part_of=outer)
@@ -141,19 +142,18 @@ def _saved(source: Source, file: str | None) -> Place:
 
 
 def _place(f: Fit, known: _Known) -> Place:
-    settings = _settings(f.layout, known)
+    settings = _settings(f, known)
     unknown = {s.name for s in settings if s.value is None and s.origin in ("needed", "wrong")}
     mine = {name: known.source.shapes[name] for name in f.used}
-    values = for_matching(f.layout, known.options, known.config)
-    block, parts = name_dims(f.layout, mine, f.prefix, values, unknown)
+    block, parts = name_dims(f.layout, mine, f.prefix, f.options, unknown)
     parameters, call = count_params(block.params), _call(f, settings, known)
     return Place(f.layout.name, f.layout.original, (f.prefix,), block.function, parts, parameters, settings, call)
 
 
-def _settings(layout: Layout, known: _Known) -> tuple[Setting, ...]:
+def _settings(f: Fit, known: _Known) -> tuple[Setting, ...]:
     found = []
-    for option in layout.options:
-        one = layout._replace(options=(option,))
+    for option in f.layout.options:
+        one = f.layout._replace(options=(option,))
         given = {name: value for name, value in known.options.items() if name == option.name}
         field, _ = configured(option, known.config)
         try:
@@ -162,6 +162,9 @@ def _settings(layout: Layout, known: _Known) -> tuple[Setting, ...]:
             if field or given:
                 name = field if not given else "what is given"
                 found.append(Setting(option.name, None, "wrong", f"{name} is {error.got}; wanted {error.wanted}"))
+                continue
+            if option.name == f.told:
+                found.append(Setting(option.name, f.options[option.name], "shapes", option.about))
                 continue
             where = f"; in a config.json {' or '.join(option.config)}" if option.config else ""
             found.append(Setting(option.name, None, "needed", f"{option.about}{where}"))
@@ -182,7 +185,7 @@ def _call(f: Fit, settings: tuple[Setting, ...], known: _Known) -> str:
         parts.append("config=..." if is_content else f"config={str(known.given_config)!r}")
     if len(stored := {known.source.dtype(name) for name in f.used}) > 1:
         parts.append(f"dtype=numpy.{'float64' if 'float64' in stored else 'float32'}")
-    parts += [f"{s.name}={s.value!r}" for s in settings if s.origin == "given"]
+    parts += [f"{s.name}={s.value!r}" for s in settings if s.origin in ("given", "shapes")]
     parts += [f"{s.name}=..." for s in settings if s.origin in ("needed", "wrong")]
     return f"setattn.load({', '.join(parts)})"
 
@@ -196,4 +199,4 @@ def _miss(f: Fit, known: _Known) -> Miss:
     ]
     reasons += f.problems
     share = len(f.used) / (len(f.used) + len(f.missing) + len(f.unexpected))
-    return Miss(f.layout.name, f.prefix, share, tuple(reasons), _settings(f.layout, known))
+    return Miss(f.layout.name, f.prefix, share, tuple(reasons), _settings(f, known))

@@ -66,15 +66,15 @@ class _Reader:
     def read(self, name: str) -> Array:
         """Read one tensor."""
         stored = self._source.dtype(name)
-        if self._dtype is None and self._first is not None and self._first[1] != stored:
-            wanted = f"one dtype for all by dtype=, as {self._first[0]!r} is {self._first[1]} and {name!r} is {stored}"
-            raise DTypeError("load", "dtype", "not given", wanted)
-        self._first = self._first or (name, stored)
         a = self._source.read(name)
         xp: Any = namespace_of(a)
         if not bits_of(a.dtype, xp):
             wanted = f"real floating numbers in tensor {name!r}, not {stored}"
             raise CheckpointError("load", "source", self._source.name, wanted)
+        if self._dtype is None and self._first is not None and self._first[1] != stored:
+            wanted = f"one dtype for all by dtype=, as {self._first[0]!r} is {self._first[1]} and {name!r} is {stored}"
+            raise DTypeError("load", "dtype", "not given", wanted)
+        self._first = self._first or (name, stored)
         if not self._allow_nonfinite and not all_finite(a, xp):
             wanted = f"finite numbers in tensor {name!r}, or allow_nonfinite=True"
             raise CheckpointError("load", "source", self._source.name, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +16,8 @@ from setattn._namespace import native
 from setattn._typing import Array, Shape
 
 _DENSEST = 1032  # bytes that one byte of a deflated member can stand for, at most
+_HEADER = 30  # bytes of a member before its name
+_IN_EXTRA = 0xFFFFFFFF  # a length that stands behind the name, as numpy.savez writes it
 
 
 class _Entry(NamedTuple):
@@ -33,11 +36,16 @@ class NpzFile:
         self.metadata: dict[str, str] = {}
         self._entries: dict[str, _Entry] = {}
         with self._open() as archive:
+            left = path.stat().st_size
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name in self._entries:
                     raise self._broken(f"each name once, where {name!r} is there twice")
                 self._entries[name] = self._entry(archive, member)
+                left -= member.compress_size
+                if left < 0:
+                    at = f"byte {member.header_offset}"
+                    raise self._broken(f"one array behind the other, where {name!r} at {at} overlaps others")
         self.shapes: dict[str, Shape] = {name: entry.shape for name, entry in self._entries.items()}
 
     def dtype(self, name: str) -> str:
@@ -55,7 +63,9 @@ class NpzFile:
     def _open(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self._path)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        except zipfile.BadZipFile as error:
+            raise self._broken(_cut(self._path) or f"a whole .npz file: {_line(error)}") from error
+        except (OSError, ValueError, NotImplementedError) as error:
             raise self._broken(f"a whole .npz file: {_line(error)}") from error
 
     def _entry(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Entry:
@@ -83,6 +93,27 @@ class NpzFile:
 
     def _broken_array(self, name: str, error: Exception) -> CheckpointError:
         return self._broken(f"a whole array {name!r}: {_line(error)}")
+
+
+def _cut(path: Path) -> str:
+    """Say what is missing of an archive whose end, where the list of its arrays is, is not there; nothing if it is."""
+    if zipfile.is_zipfile(path):
+        return ""
+    with path.open("rb") as file:
+        size, place = file.seek(0, 2), 0
+        while file.seek(place) < size and (head := file.read(_HEADER)).startswith(b"PK\3\4"):
+            length, names, extras = struct.unpack("<18xI4xHH", head.ljust(_HEADER, b"\0"))
+            name, extra = file.read(names), file.read(extras)
+            if length == _IN_EXTRA and len(extra) >= 20:
+                length = int.from_bytes(extra[12:20], "little")
+            data = place + _HEADER + names + extras
+            if data + length > size >= data:
+                array = name.decode(errors="replace").removesuffix(".npy")
+                return f"array {array!r} up to byte {data + length}, where the file ends at {size}"
+            if data > size:
+                break
+            place = data + length
+    return f"the rest of an archive from byte {place} on, where the file ends at {size}" if place else ""
 
 
 def _line(error: Exception) -> str:

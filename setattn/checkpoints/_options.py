@@ -58,15 +58,18 @@ def choose_options(layout: Layout, given: Mapping[str, Any], config: Mapping[str
     return {option.name: _value(layout, option, given, config) for option in layout.options}
 
 
-def for_matching(layout: Layout, given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose values that names of tensors can be matched with: 1 for what is required and not known."""
-    values = {}
+def for_matching(
+    layout: Layout, given: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Choose values that tensors can be matched with, and name those that are a guess of 1: required and not known."""
+    values, guesses = {}, []
     for option in layout.options:
         try:
             values[option.name] = _value(layout, option, given, config)
         except OptionError:
             values[option.name] = 1 if option.default is REQUIRED else option.default
-    return values
+            guesses += [option.name] if option.default is REQUIRED else []
+    return values, tuple(guesses)
 
 
 def configured(option: Option, config: Mapping[str, Any]) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from setattn._typing import Array, Shape
 
 _LENGTH = 8
 _LONGEST = 100_000_000  # of a header, as the format has it
+_PART = 1 << 20  # numbers that are widened at a time
 
 # What is stored as each type, and its name.
 _DTYPES = {
@@ -82,14 +83,30 @@ class SafetensorsFile:
         try:
             with self._path.open("rb") as file:
                 file.seek(begin)
-                a = np.fromfile(file, np.dtype(_DTYPES[kind][0]), math.prod(shape))
+                a = _numbers(file, kind, math.prod(shape))
         except OSError as error:
             raise _broken(self._path, f"a file that can be read: {error.strerror}") from error
-        if a.nbytes != end - begin:
-            raise _broken(self._path, f"tensor {name!r} up to byte {end}, where the file ends at {begin + a.nbytes}")
-        if kind == "BF16":
-            a = (a.astype(np.uint32) << 16).view(np.float32)
+        last = begin + a.size * _width(kind)
+        if last != end:
+            raise _broken(self._path, f"tensor {name!r} up to byte {end}, where the file ends at {last}")
         return a.reshape(shape)
+
+
+def _numbers(file: BinaryIO, kind: str, count: int) -> np.ndarray[Any, Any]:
+    """Read numbers, as many as there are; bfloat16 in parts, so that what is widened is never there as a whole."""
+    stored = np.dtype(_DTYPES[kind][0])
+    if kind != "BF16":
+        return np.fromfile(file, stored, count)
+    wide, there = np.empty(count, np.float32), 0
+    bits = wide.view(np.uint32)
+    while there < count:
+        part = np.fromfile(file, stored, min(_PART, count - there))
+        if not part.size:
+            break
+        bits[there : there + part.size] = part
+        there += part.size
+    bits <<= 16
+    return wide[:there]
 
 
 def _broken(path: Path, wanted: str) -> CheckpointError:
@@ -108,6 +125,8 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _without_twins(path, pairs))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise _broken(path, f"a safetensors file with JSON in bytes {_LENGTH} to {start}: {reason}") from error

@@ -83,9 +83,9 @@ def open_source(source: Any) -> Source:
     suffix = path.suffix.lower()
     if suffix in _PICKLED or (start[:1] == b"\x80" and suffix != ".safetensors"):
         wanted = (
-            "a file that no program is hidden in; a pickled one is converted once, where PyTorch is installed: "
-            f"safetensors.torch.save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, "
-            "weights_only=True).items()}, 'weights.safetensors')"
+            "a file that no program is hidden in; what a pickled one holds is loaded once, by what wrote it and saved: "
+            "with PyTorch, setattn.save('block.safetensors', "
+            f"setattn.load(torch.load({str(path)!r}, weights_only=True), ...))"
         )
         raise CheckpointError("load", "source", f"the pickled file {path.name!r}", wanted)
     if start == b"PK" or suffix == ".npz":

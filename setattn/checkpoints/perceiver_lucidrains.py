@@ -100,8 +100,16 @@ def _perceiver_io(w: Weights, *, cross_heads: int, latent_heads: int, depth: int
 
 
 _OPTIONS = (
-    Option("cross_heads", int, about="number of heads of the cross-attentions (the package's default is 1)"),
-    Option("latent_heads", int, about="number of heads of the latents' self-attentions (the package's default is 8)"),
+    Option(
+        "cross_heads",
+        int,
+        about="number of heads of the cross-attentions, the argument cross_heads of the original, 1 by default",
+    ),
+    Option(
+        "latent_heads",
+        int,
+        about="number of heads of the self-attentions, the argument latent_heads of the original, 8 by default",
+    ),
     Option("depth", int, None, about="number of layers, where tied ones are in the file but once"),
 )
 

@@ -180,6 +180,7 @@ def _activation(default: str, *config: str) -> Option:
     return Option("activation", str, default, config, "activation of the feed-forward network")
 
 
+_TIMM_HEADS = "number of heads of the attention, the argument num_heads of the original"
 _WIDE_HEADS = "number of heads of the attention, the width divided by 128 if not given"
 
 LAYOUTS = (
@@ -202,7 +203,7 @@ LAYOUTS = (
         functions=("attention_pool",),
         anchors=("latent",),
         build=_timm,
-        options=(_heads(), _eps(1e-6), _activation("gelu")),
+        options=(_heads(about=_TIMM_HEADS), _eps(1e-6), _activation("gelu")),
         prefix="attn_pool.",
     ),
     Layout(

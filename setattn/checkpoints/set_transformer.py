@@ -227,7 +227,9 @@ def _lucidrains_mab(w: Weights, number: int) -> MAB:
     return MAB(Attention(query, key, value, w.linear("to_out", head, ["dim"], bias=False)))
 
 
-_HEADS = Option("num_heads", int, about="number of heads of every attention")
+def _heads(arguments: str) -> Option:
+    return Option("num_heads", int, about=f"number of heads of every attention, the {arguments} of the original")
+
 
 LAYOUTS = (
     Layout(
@@ -236,7 +238,7 @@ LAYOUTS = (
         functions=("set_transformer", "isab", "sab", "pma", "mab"),
         anchors=("enc.0.I", "enc.0.mab.fc_q.weight", "I", "mab.fc_q.weight", "S", "fc_q.weight"),
         build=_official,
-        options=(_HEADS,),
+        options=(_heads("argument num_heads"),),
     ),
     Layout(
         name="set-transformer-pyg",
@@ -244,7 +246,7 @@ LAYOUTS = (
         functions=("set_transformer", "isab", "sab", "pma", "mab"),
         anchors=("pma.seed", "ind", "mab.attn.in_proj_weight", "seed", "attn.in_proj_weight"),
         build=_pyg,
-        options=(_HEADS,),
+        options=(_heads("argument heads"),),
     ),
     Layout(
         name="set-transformer-dgl",
@@ -261,7 +263,7 @@ LAYOUTS = (
             "proj_q.weight",
         ),
         build=_dgl,
-        options=(_HEADS,),
+        options=(_heads("arguments n_heads and num_heads"),),
     ),
     Layout(
         name="isab-lucidrains",

@@ -102,6 +102,9 @@ def test_flamingo_gives_the_mean_to_text_that_sees_nothing(rng, name, case):
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 
+SIZES = [(2, 7, 3, 5), (3, 4, 1, 2)]  # batch, rows of text, media, elements of each
+
+
 def in_float64(module: torch.nn.Module) -> torch.nn.Module:
     """Let RMS norms calculate in the dtype of what they are given."""
 
@@ -160,11 +163,12 @@ def test_mllama(peer, rng, heads, kv_heads):
     """All text sees all media, some of them, some of their elements."""
     module = in_float64(mllama(heads=heads, kv_heads=kv_heads))
     told = {"differences": [FLOAT32_INSIDE, CAUSAL, LEAKING]}
-    x, media = draw(rng, 2, 7, 16), draw(rng, 2, 3, 5, 16)
-    mask = rng.random((2, 3, 5)) < 0.7
-    mask[..., 0] = True
-    for masks in {}, {"pair_mask": pairs_of(rng, 2, 7, 3)}, {"pair_mask": pairs_of(rng, 2, 7, 3), "mask": mask}:
-        peer("mllama-gated", module, of_mllama, x, media, masks=masks, **told)
+    for batch, n, count, m in SIZES:
+        x, media = draw(rng, batch, n, 16), draw(rng, batch, count, m, 16)
+        pairs, mask = pairs_of(rng, batch, n, count), rng.random((batch, count, m)) < 0.7
+        mask[..., 0] = True
+        for masks in {}, {"pair_mask": pairs}, {"pair_mask": pairs, "mask": mask}:
+            peer("mllama-gated", module, of_mllama, x, media, masks=masks, **told)
     config = {"text_config": {"rms_norm_eps": 1e-5, "hidden_act": "silu"}}
     prefix = setattn.layouts()["mllama-gated"].prefix
     peer("mllama-gated", module, of_mllama, x, media, config=config, prefix=prefix)
@@ -254,11 +258,12 @@ def test_idefics(peer, rng, alpha, norms):
     """Gates of one number and of one for each feature, norms of queries and keys; text that sees nothing among it."""
     module = in_float64(idefics(alpha_type=alpha, qk_layer_norms=norms))
     told = {"options": {"num_heads": 4}, "differences": [FLOAT32_INSIDE]}
-    x, media = draw(rng, 2, 7, 16), draw(rng, 2, 3, 5, 12)
-    mask, pairs = rng.random((2, 3, 5)) < 0.7, rng.random((2, 7, 3)) < 0.5
-    pairs[0, 2:4] = False
-    for masks in {}, {"pair_mask": pairs}, {"pair_mask": pairs, "mask": mask}:
-        peer("idefics-gated", module, of_idefics, x, media, masks=masks, **told)
+    for batch, n, count, m in SIZES:
+        x, media = draw(rng, batch, n, 16), draw(rng, batch, count, m, 12)
+        mask, pairs = rng.random((batch, count, m)) < 0.7, rng.random((batch, n, count)) < 0.5
+        pairs[0, 2:4] = False
+        for masks in {}, {"pair_mask": pairs}, {"pair_mask": pairs, "mask": mask}:
+            peer("idefics-gated", module, of_idefics, x, media, masks=masks, **told)
     config, prefix = {"num_attention_heads": 4, "rms_norm_eps": 1e-6}, setattn.layouts()["idefics-gated"].prefix
     peer("idefics-gated", module, of_idefics, x, media, config=config, prefix=prefix)
 

@@ -125,25 +125,26 @@ def test_fourier_positions(peer, rng, height, width):
     peer(LAYOUT, module, call, x, masks=masks, config=file(c), options=options)
 
 
+def convolved(m, x, mask=None):
+    """Call the model behind its convolution, whose output is given."""
+    prepare = m.perceiver.input_preprocessor
+    prepare.convnet.forward = lambda _: image(x, 3, 5)
+    try:
+        return m(torch.zeros(2, 3, 1, 1), attention_mask=mask).logits[:, None]
+    finally:
+        del prepare.convnet.forward
+
+
 def test_convolution(peer, rng):
     """The block begins after the convolution, whose output it is given."""
     c = config(num_cross_attention_heads=1)
     module = get("PerceiverForImageClassificationConvProcessing")(c)
-
-    def call(m, x, mask=None):
-        prepare = m.perceiver.input_preprocessor
-        prepare.convnet.forward = lambda _: image(x, 3, 5)
-        try:
-            return m(torch.zeros(2, 3, 1, 1), attention_mask=mask).logits[:, None]
-        finally:
-            del prepare.convnet.forward
-
     x, options = draw(rng, 2, 15, 64), {"height": 3, "width": 5}
     difference = ("the convolution: the block is given its output",)
     peer(
         LAYOUT,
         module,
-        in_float64(call),
+        in_float64(convolved),
         x,
         config=file(c),
         options=options,

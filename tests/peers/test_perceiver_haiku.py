@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import draw, some
-from test_perceiver import config, file, get, image, in_float64
+from test_perceiver import config, convolved, file, get, image, in_float64
 
 LAYOUT = "perceiver-haiku"
 DIFFERENCES = ("Fourier features are calculated in float32", "classes are one row of output instead of a set of one")
@@ -34,6 +34,9 @@ NAMES = (
         "image_preprocessor/~_build_network_inputs/position_encoding_projector/linear/",
     ),
     (r"^perceiver\.input_preprocessor\.conv_after_patches\.", "image_preprocessor/patches_linear/"),
+    (r"^perceiver\.input_preprocessor\.convnet\.", "image_preprocessor/~/conv2_d_downsample/~/"),
+    (r"batchnorm\.running_(mean|var)$", r"batchnorm/~/\1_ema/average"),
+    (r"batchnorm\.num_batches_tracked$", "batchnorm/~/mean_ema/counter"),
     (r"^perceiver\.embeddings\.latents$", "perceiver_encoder/~/trainable_position_encoding/pos_embs"),
     (r"^perceiver\.encoder\.cross_attention\.", "perceiver_encoder/~/cross_attention/"),
     (r"^perceiver\.encoder\.self_attends\.0\.", "perceiver_encoder/~/self_attention/"),
@@ -60,8 +63,8 @@ NAMES = (
     (r"attention\.output\.dense\.", "attention/linear_3/"),
     (r"mlp\.dense1\.", "mlp/linear/"),
     (r"mlp\.dense2\.", "mlp/linear_1/"),
-    (r"(layer_norm(_\d)?)/weight$", r"\1/scale"),
-    (r"(layer_norm(_\d)?)/bias$", r"\1/offset"),
+    (r"(layer_norm(_\d)?|batchnorm)[./]weight$", r"\1/scale"),
+    (r"(layer_norm(_\d)?|batchnorm)[./]bias$", r"\1/offset"),
     (r"(?<!embeddings)[./]weight$", "/w"),
     (r"(?<!embedding_decoder)[./]bias$", "/b"),
 )
@@ -80,6 +83,16 @@ def haiku(state, decoder="classification_decoder"):
 
 def flow(state):
     return haiku(state, "flow_decoder")
+
+
+@pytest.fixture
+def peer(peer):
+    """The comparison, of which the table is to say what it is one with."""
+
+    def renamed(layout, module, *given, **told):
+        return peer(layout, module, *given, title=f"{type(module).__name__}, under the names of the authors,", **told)
+
+    return renamed
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -107,6 +120,15 @@ def test_fourier_positions(peer, rng):
     call = in_float64(lambda m, x: m(image(x, 3, 5)).logits[:, None])
     options = {"height": 3, "width": 5}
     peer(LAYOUT, module, call, draw(rng, 2, 15, 3), keys=haiku, config=file(c), options=options)
+
+
+def test_convolution(peer, rng):
+    """The convolution and its norm are in the file, and the block begins behind them."""
+    c = config(num_cross_attention_heads=1, **ACTIVATION)
+    module = get("PerceiverForImageClassificationConvProcessing")(c)
+    options = {"height": 3, "width": 5}
+    call = in_float64(convolved)
+    peer(LAYOUT, module, call, draw(rng, 2, 15, 64), keys=haiku, config=file(c), options=options)
 
 
 def test_flow(peer, rng):

@@ -49,6 +49,12 @@ def same(state):
     return state
 
 
+def title(module, keys):
+    """Name the original in the table, and which names of tensors it was compared under."""
+    name = type(module).__name__
+    return name if keys is same else f"{name}, under its names before 0.11,"
+
+
 def perceiver(**changed):
     sizes = {"depth": 2, "num_freq_bands": 2, "max_freq": 10.0, "input_channels": 7, "input_axis": 1, "num_classes": 6}
     return originals.perceiver_lucidrains("Perceiver")(**SIZES, **(sizes | {"fourier_encode_data": False} | changed))
@@ -67,7 +73,8 @@ def test_perceiver(peer, rng, depth, selves, head, tie, keys):
     module = perceiver(depth=depth, self_per_cross_attn=selves, weight_tie_layers=tie, final_classifier_head=head)
     for shape in (3, 9), (2, 1):
         x = draw(rng, *shape, 7)
-        peer("perceiver-lucidrains", module, lambda m, x: m(x), x, keys=keys, options=HEADS, differences=DIFFERENCES)
+        told = {"title": title(module, keys), "differences": DIFFERENCES}
+        peer("perceiver-lucidrains", module, lambda m, x: m(x), x, keys=keys, options=HEADS, **told)
 
 
 def test_perceiver_with_a_mask(peer, rng):
@@ -113,6 +120,7 @@ def test_perceiver_io(peer, rng, depth, logits, ff, tie, keys):
             q,
             keys=keys,
             options=HEADS,
+            title=title(module, keys),
             differences=DIFFERENCES,
         )
 

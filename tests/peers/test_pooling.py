@@ -18,6 +18,7 @@ from torch.nn import functional
 import setattn
 
 DIM, N = 12, 7
+SHAPES = [(2, N), (1, 1), (3, 2)]
 
 
 # --- SigLIP ---------------------------------------------------------------------------------------------------------
@@ -37,14 +38,15 @@ def siglip(version, **changes):
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
 def test_siglip(peer, rng, activation):
     config, head = siglip(1, hidden_act=activation)
-    peer(
-        "siglip",
-        head,
-        lambda m, x: m(x)[:, None],
-        draw(rng, 2, N, DIM),
-        prefix="vision_model.head.",
-        config={"vision_config": config.to_dict()},
-    )
+    for shape in SHAPES:
+        peer(
+            "siglip",
+            head,
+            lambda m, x: m(x)[:, None],
+            draw(rng, *shape, DIM),
+            prefix="vision_model.head.",
+            config={"vision_config": config.to_dict()},
+        )
 
 
 def test_siglip_2_with_a_mask(peer, rng):
@@ -80,16 +82,19 @@ def test_timm(peer, rng, variant, masked):
     def call(m, x, mask=None):
         return m(x, attn_mask=None if mask is None else mask[:, None, None, :])
 
-    peer(
-        "siglip-timm",
-        head,
-        call,
-        draw(rng, 2, N, DIM),
-        masks={"mask": some(rng, 2, N)} if masked else {},
-        options={"num_heads": 3, "eps": 1e-5} | ({"activation": "silu"} if "act_layer" in TIMM[variant] else {}),
-        prefix="attn_pool.",
-        differences=["the first probe alone, or the mean of all, by pool_type; here all probes"],
-    )
+    for shape in SHAPES:
+        if (masked and shape[1] == 1) or ("pos_embed" in TIMM[variant] and shape[1] != N):
+            continue  # a mask that hides all; a table of places for as many elements as it has
+        peer(
+            "siglip-timm",
+            head,
+            call,
+            draw(rng, *shape, DIM),
+            masks={"mask": some(rng, *shape)} if masked else {},
+            options={"num_heads": 3, "eps": 1e-5} | ({"activation": "silu"} if "act_layer" in TIMM[variant] else {}),
+            prefix="attn_pool.",
+            differences=["the first probe alone, or the mean of all, by pool_type; here all probes"],
+        )
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -121,9 +126,11 @@ def test_big_vision(peer, rng):
             return x + MlpBlock()(flax.LayerNorm()(x))
 
     with jax.enable_x64(True):
-        head, x = MAPHead(), draw(rng, 2, N, DIM)
+        head = MAPHead()
         shapes = jax.tree.map(
-            np.shape, head.init(jax.random.key(0), x)["params"], is_leaf=lambda a: hasattr(a, "shape")
+            np.shape,
+            head.init(jax.random.key(0), draw(rng, 2, N, DIM))["params"],
+            is_leaf=lambda a: hasattr(a, "shape"),
         )
         names = {
             "/".join(p.key for p in path): shape
@@ -143,16 +150,17 @@ def test_big_vision(peer, rng):
             with jax.enable_x64(True):
                 return np.asarray(m.apply({"params": tree}, x))
 
-        peer(
-            "siglip-big-vision",
-            head,
-            call,
-            x,
-            state=state,
-            prefix="params/img/MAPHead_0/",
-            package="flax",
-            title="MAPHead, written down over the layers",
-        )
+        for shape in SHAPES:
+            peer(
+                "siglip-big-vision",
+                head,
+                call,
+                draw(rng, *shape, DIM),
+                state=state,
+                prefix="params/img/MAPHead_0/",
+                package="flax",
+                title="MAPHead, written down over the layers",
+            )
 
 
 # --- CoCa -----------------------------------------------------------------------------------------------------------
@@ -163,8 +171,9 @@ def test_open_clip(peer, rng, dim, context):
     heads = 4
     pooler = originals.open_clip()(dim, context, n_head=heads, n_queries=5)
     config = {"model_cfg": {"vision_cfg": {"attn_pooler_heads": heads}}}
-    x = draw(rng, 2, N, context)
-    peer("open-clip-pooler", pooler, lambda m, x: m(x), x, prefix="visual.attn_pool.", config=config)
+    for shape in SHAPES:
+        x = draw(rng, *shape, context)
+        peer("open-clip-pooler", pooler, lambda m, x: m(x), x, prefix="visual.attn_pool.", config=config)
 
 
 # --- MiniCPM-V and Qwen-VL ------------------------------------------------------------------------------------------

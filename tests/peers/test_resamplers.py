@@ -144,14 +144,14 @@ def evolla():
 
 @pytest.mark.parametrize("prefix", ["", "model.protein_encoder.sequence_compressor_resampler."])
 @pytest.mark.parametrize("masked", ["all", "some", "none"])
-def test_evolla(peer, rng, masked, prefix):
-    x = draw(rng, 4, 9, 12)
-    mask = {"all": np.ones((4, 9), bool), "some": some(rng, 4, 9), "none": np.zeros((4, 9), bool)}[masked]
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evolla(peer, rng, shape, masked, prefix):
+    mask = {"all": np.ones(shape, bool), "some": some(rng, *shape), "none": np.zeros(shape, bool)}[masked]
     peer(
         "evolla",
         evolla(),
         lambda m, x, mask: m(x, mask.double()),
-        x,
+        draw(rng, *shape, 12),
         masks={"mask": mask},
         config={"resampler_dim_head": 4},
         prefix=prefix,
