@@ -221,11 +221,14 @@ def fuses(q: Array, n: int, value_dim: int, xp: Namespace) -> bool:
     return bool(width == value_dim and rows * n >= _FUSED)
 
 
-def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, xp: Namespace) -> tuple[Array, Array] | None:
+def fused_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, xp: Namespace
+) -> tuple[Array, Array, Array | None] | None:
     """Return ``softmax(q k^T) v`` and the logarithms of the sums of the exponentials, by PyTorch's kernel.
 
-    They are 0 and ``-inf`` of elements that are all masked by ``mask``, of shape ``(..., n)``. There is no result where
-    the kernel does not tell: the logarithms that it gives of no scores, of NaN alone and of a sum of 1 are all 0.
+    They are 0 and ``-inf`` of elements that are all masked by ``mask``, of shape ``(..., n)``. The third result says of
+    which rows the kernel does not tell, if there are any: the logarithms that it gives of no scores, of NaN alone and
+    of a sum of 1 are all 0. There is no result where numbers can't be looked at.
     """
     rows, (n, width) = q.shape[-2], k.shape[-2:]
     batch = xp.broadcast_shapes(q.shape[:-2], k.shape[:-2])
@@ -235,15 +238,16 @@ def fused_attention(q: Array, k: Array, v: Array, mask: Array | None, xp: Namesp
 
     added = seen = None
     if mask is not None:
-        seen = mask.any(-1)[..., None, None]
-        added = in_four_axes(xp.where(mask, 0.0, -math.inf).to(q.dtype)[..., None, None, :], rows, n)
+        seen = mask.any(-1)[..., None, None, None]
+        added = in_four_axes(xp.where(mask, q.new_zeros(()), -math.inf)[..., None, None, :], rows, n)
     q, k, v = in_four_axes(q, rows, width), in_four_axes(k, n, width), in_four_axes(v, n, width)
     out, logs = xp.attention_on_cpu(q, k, v, attn_mask=added, scale=1.0)
-    out, logs = out.reshape(*batch, rows, width), logs.reshape(*batch, rows)
+    out, logs = out.reshape(*batch, rows, width), logs.reshape(*batch, rows, 1)
     if seen is not None:
         logs = xp.where(seen, logs, -math.inf)
+    unsure = logs == 0
     try:
-        return None if bool((logs == 0).any()) else (out, logs)
+        return out, logs, unsure if bool(unsure.any()) else None
     except RuntimeError:  # of torch.func.vmap, whose tensors have no numbers to look at
         return None
 

@@ -42,10 +42,18 @@ class State(NamedTuple):
 
 def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     """Attend from queries to a part of a set that is ready."""
+    fused = _by_a_kernel(q, context, p, o)
+    if fused is None:
+        return _by_steps(q, context, p, o)
+    state, unsure = fused
+    if unsure is None:
+        return state
+    steps = _by_steps(q, context, p, o)
+    return State(*(o.xp.where(unsure, *both) for both in zip(steps, state, strict=True)))
+
+
+def _by_steps(q: Queries, context: Context, p: Attention, o: Options) -> State:
     xp = o.xp
-    fused = _fused_state(q, context, p, o) if _fuses(q, context, p, xp) else None
-    if fused is not None:
-        return fused
     s = _scores(q, context, p, o)
     largest = _largest(s, xp)
     e = exp_into(into("subtract", s, _finite(largest, xp), xp), xp)
@@ -58,23 +66,19 @@ def make_state(q: Queries, context: Context, p: Attention, o: Options) -> State:
     return State(largest, total, _poisoned(weighted, context, xp))
 
 
-def _fuses(q: Queries, context: Context, p: Attention, xp: Namespace) -> bool:
-    """Say whether a kernel makes the state of projected queries and keys."""
+def _by_a_kernel(q: Queries, context: Context, p: Attention, o: Options) -> tuple[State, Array | None] | None:
+    """Make a state by one kernel, if there is one, relative to the logarithms of its sums; say where it is not sure."""
+    xp, n = o.xp, context.elements.shape[-2]
     if q.order != PROJECT or context.bias is not None or context.pair_mask is not None:
-        return False
-    return fuses(q.array, context.elements.shape[-2], p.value.weight.shape[-1], xp)
-
-
-def _fused_state(q: Queries, context: Context, p: Attention, o: Options) -> State | None:
-    """Make a state by one kernel, relative to the logarithms of its sums in place of its largest scores."""
-    xp = o.xp
+        return None
+    if not fuses(q.array, n, p.value.weight.shape[-1], xp):
+        return None
     values, context = _values(context, p, xp)
     fused = fused_attention(q.array, _keys(q, context, p, o), values, context.mask, xp)
     if fused is None:
         return None
-    weighted, logs = fused
-    logs = logs[..., None]
-    return State(logs, xp.where(logs == -math.inf, 0.0, xp.ones_like(logs)), weighted)
+    weighted, logs, unsure = fused
+    return State(logs, xp.where(logs == -math.inf, 0.0, xp.ones_like(logs)), weighted), unsure
 
 
 def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:

@@ -95,15 +95,34 @@ def test_the_kernel_hides_no_number_that_is_not_finite(backend, fused, monkeypat
 
 @on_torch
 def test_where_the_kernel_does_not_tell(backend, fused):
-    """The logarithm of a sum of 1 is that of none, too: then the steps are taken, as one after the other tells."""
+    """The logarithm of a sum of 1 is that of none, too: then the steps tell, but of other rows nothing changes."""
     torch = backend.xp
     params = setattn.convert_params(setattn.init_attention(8, num_heads=2, rng=0), torch)
     x = torch.ones(1, 8)
     params = params._replace(query=setattn.map_params(torch.zeros_like, params.query))
     out = setattn.attention(x, x, params, plan=Plan(setattn.Order()))
-    assert fused == [None]
+    assert [unsure.all().item() for _, _, unsure in fused] == [True]
     with torch.enable_grad():
         assert torch.allclose(out, setattn.attention(x, x, params), atol=1e-6)
+    x = torch.randn(2, 6, 8)
+    broken = x.clone()
+    broken[1, 2] = math.nan
+    out, other = (setattn.attention(y, x, params, plan=Plan(setattn.Order())) for y in (x, broken))
+    assert torch.equal(out[0], other[0])
+    assert other[1, 2].isnan().all()
+
+
+@on_torch
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_the_kernel_inside_a_trace(backend, fused, mode):
+    """A trace has the values of what was traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = backend.xp.randn(3, 5, 8)
+    params = setattn.convert_params(setattn.init_mab(8, num_heads=2, rng=0), backend.xp)
+    call = lambda x: setattn.sab(x, params, plan=Plan(setattn.Order()))  # noqa: E731
+    traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    assert backend.xp.allclose(traced(x), call(x), atol=1e-6)
 
 
 @on_torch
