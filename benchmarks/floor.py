@@ -1,17 +1,20 @@
-"""The least time a problem can take on a machine: counted operations and bytes over measured rates.
+"""The least time a problem can take: counted operations and bytes over rates measured in the same run.
 
-The count takes, for each product of an attention, the cheapest of all orders; what is elementwise (norms, activations,
-exponentials, residuals) counts as free. The bytes are those of the inputs, the parameters and the result, each once;
-the set of an ISAB is read twice, since no element can be finished before all of them have been seen. The floor is the
-longer of both times. It is a bound to measure distance by, not a promise that anything reaches it.
+The count takes every order in which the products of an attention can be computed. Two bounds come of it. That of the
+*machine* has the fewest multiplications at the rate of one large product, or the bytes of the inputs, the parameters
+and the result, each once, at the rate of reading; the set of an ISAB is read twice, since no element can be finished
+before all of them have been seen. What is elementwise counts as free. That of a *library* (:mod:`benchmarks.library`)
+has the products at the rates that products of their shapes have in it, and the exponentials and passes that it cannot
+do without. Nothing promises that anything reaches either.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +23,39 @@ import setattn
 from benchmarks.problem import Problem, is_absent
 
 
+class Product(NamedTuple):
+    """Products of matrices of one shape, ``rows x inner`` with ``inner x columns``, as many as ``batch``."""
+
+    rows: int
+    inner: int
+    columns: int
+    batch: int = 1
+
+    @property
+    def multiplications(self) -> int:
+        return math.prod(self)
+
+
+Orders = tuple[tuple[Product, ...], ...]
+"""The orders of products that lead to one result, of which one has to be computed."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What has to be done at least."""
 
-    multiplications: int = 0
-    exponentials: int = 0
-    bytes: int = 0
+    products: tuple[Orders, ...]
+    numbers: Counter[str]  # that go through each kind of elementwise step
+    bytes: int
+
+    @property
+    def multiplications(self) -> int:
+        return sum(least(orders, lambda p: p.multiplications) for orders in self.products)
+
+
+def least(orders: Orders, cost: Callable[[Product], Any]) -> Any:
+    """Return what the cheapest order costs."""
+    return min(sum(map(cost, products)) for products in orders)
 
 
 @dataclass(frozen=True)
@@ -35,12 +64,11 @@ class Rates:
 
     multiplications: float
     bytes: float
-    exponentials: float  # NumPy's, on one thread: not in the floor, but it explains some distances to it
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time, and what sets it."""
+    """The least time of any library on a machine, and what sets it."""
 
     seconds: float
     bound: str
@@ -53,7 +81,8 @@ class Floor:
         return cls(max(products, reading), "products" if products >= reading else "bytes", work)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "bound": self.bound} | asdict(self.work)
+        counts = {"multiplications": self.work.multiplications, "bytes": self.work.bytes}
+        return {"seconds": self.seconds, "bound": self.bound} | counts | dict(self.work.numbers)
 
 
 def count(problem: Problem, result_size: int, itemsize: int = 4) -> Work:
@@ -62,87 +91,105 @@ def count(problem: Problem, result_size: int, itemsize: int = 4) -> Work:
     p, name = problem.params, problem.function.__name__
     if name == "perceiver_resampler" and not is_absent(p.frame_embedding):
         n *= batch.pop()
+    counting = _Counting(math.prod(batch), problem.all_options.get("activation", "relu"))
     if name == "set_transformer":
-        parts = [_block(block, n) for block in (*p.encoder, p.pma)]
+        for block in (*p.encoder, p.pma):
+            counting.block(block, n)
     elif name in ("isab", "pma"):
-        parts = [_block(p, n)]
+        counting.block(p, n)
     elif name == "attention_pool":
-        m = len(p.probe)
-        parts = [_attention(m, n, p.attention, learned=True), Count(each=m * _matrices(p.ff))]
+        counting.attending(len(p.probe), n, p, learned=True)
     elif name == "cross_attention":
-        m = problem.inputs[0].shape[-2]
-        parts = [_attention(m, n, p.attention), Count(each=m * _matrices(p.ff))]
+        counting.attending(problem.inputs[0].shape[-2], n, p)
     elif name == "perceiver_resampler":
         m = len(p.latents)
-        parts = [_attention(m, n + m, layer.attention) for layer in p.layers]
-        parts.append(Count(each=n * _matrices(p.input) + m * _matrices((*(x.ff for x in p.layers), p.output))))
+        counting.maps(n, p.input)
+        for layer in p.layers:
+            counting.attending(m, n + m, layer)
+        counting.maps(m, p.output)
     else:
         raise NotImplementedError(name)
-    once, each, exponentials = map(sum, zip(*parts, strict=True))
-    sets = math.prod(batch)
     numbers = sum(x.size for x in problem.inputs) + setattn.count_params(p) + result_size
     numbers += problem.inputs[-1].size if name == "isab" else 0
-    return Work(once + sets * each, sets * exponentials, numbers * itemsize)
+    return Work(tuple(counting.products), counting.numbers, numbers * itemsize)
 
 
-class Count(NamedTuple):
-    """Multiplications that are done once for all sets and for each set, and exponentials for each set."""
+class _Counting:
+    """The products and numbers of blocks, added up for a number of sets."""
 
-    once: int = 0
-    each: int = 0
-    exponentials: int = 0
+    def __init__(self, sets: int, activation: str) -> None:
+        self.sets, self.activation = sets, activation
+        self.products: list[Orders] = []
+        self.numbers: Counter[str] = Counter()
 
+    def block(self, p: Any, n: int) -> None:
+        if isinstance(p, setattn.ISAB):
+            m = len(p.inducing_points)
+            self.attending(m, n, p.mab_inducing, learned=True)
+            self.attending(n, m, p.mab_set)
+        elif isinstance(p, setattn.PMA):
+            self.maps(n, p.ff)
+            self.attending(len(p.seeds), n, p.mab, learned=True)
+        else:
+            self.attending(n, n, p)
 
-def _block(p: Any, n: int) -> Count:
-    if isinstance(p, setattn.ISAB):
-        m = len(p.inducing_points)
-        first, second = _mab(m, n, p.mab_inducing, learned=True), _mab(n, m, p.mab_set)
-        return Count(*map(sum, zip(first, second, strict=True)))
-    if isinstance(p, setattn.PMA):
-        once, each, exponentials = _mab(len(p.seeds), n, p.mab, learned=True)
-        return Count(once, each + n * _matrices(p.ff), exponentials)
-    return _mab(n, n, p)
+    def attending(self, m: int, n: int, p: Any, learned: bool = False) -> None:
+        """Count a block in which ``m`` queries attend to ``n`` elements; what concerns learned ones is done once."""
+        asking = 1 if learned else self.sets
+        self.maps(m, getattr(p, "project", ()), asking)
+        self._attention(m, n, p.attention, asking)
+        self.maps(m, p.ff)
+        width = self._width(p.attention)
+        self.numbers["sum"] += self.sets * m * width * (2 - is_absent(p.ff))
+        for name, rows, size in (("context_norm", n, len(p.attention.key.weight)), ("query_norm", m, width)):
+            self.numbers["norm"] += 0 if is_absent(getattr(p, name)) else self.sets * rows * size
+        for name in ("attention_norm", "ff_norm", "output_norm"):
+            self.numbers["norm"] += 0 if is_absent(getattr(p, name, ())) else self.sets * m * width
 
+    def maps(self, rows: int, tree: Any, sets: int | None = None) -> None:
+        """Count linear layers that every row goes through, and the activation between them."""
+        if isinstance(tree, setattn.Linear):
+            inner = tree.weight.shape[0]
+            rows *= self.sets if sets is None else sets
+            self.products.append(((Product(rows, inner, tree.weight.size // inner),),))
+        elif not is_absent(tree):
+            for part in tree:
+                self.maps(rows, part, sets)
+            self.numbers[self.activation] += self.sets * rows * tree.hidden.weight.shape[-1]
 
-def _mab(m: int, n: int, p: setattn.MAB, learned: bool = False) -> Count:
-    once, each, exponentials = _attention(m, n, p.attention, learned)
-    project = m * _matrices(p.project)
-    once, each = (once + project, each) if learned else (once, each + project)
-    return Count(once, each + m * _matrices(p.ff), exponentials)
+    @staticmethod
+    def _width(p: setattn.Attention) -> int:
+        return p.output.weight.shape[-1] if p.output else math.prod(p.value.weight.shape[1:])
 
-
-def _attention(m: int, n: int, p: setattn.Attention, learned: bool = False) -> Count:
-    """Count an attention; what concerns learned queries alone is done once for all sets."""
-    dim, kv_heads, head_dim = p.key.weight.shape
-    value_dim = p.value.weight.shape[-1]
-    heads, pairs = p.output.weight.shape[0] if p.output else kv_heads, m * n
-    query = m * _matrices(p.query)
-    carried = m * heads * head_dim * dim  # of the projected queries to the elements
-    orders = [  # of the scores: what is done once, if the queries are learned, and what for each set
-        (query, n * dim * kv_heads * head_dim + pairs * heads * head_dim),
-        (query + carried, pairs * heads * dim),
-    ]
-    if p.query:  # the projected keys are carried to the queries
-        dim_query = p.query.weight.shape[0]
-        orders.append((0, n * kv_heads * head_dim * (dim + heads // kv_heads * dim_query) + pairs * heads * dim_query))
-    once, each = min(orders, key=sum)
-    output = m * _matrices(p.output)
-    sums = [
-        n * dim * kv_heads * value_dim + pairs * heads * value_dim + output,
-        pairs * heads * dim + m * heads * dim * value_dim + output,
-    ]
-    if p.output:  # the values are carried through the output projection
-        dim_out = p.output.weight.shape[-1]
-        sums.append(n * dim * kv_heads * value_dim + n * heads * value_dim * dim_out + pairs * heads * dim_out)
-    each += min(sums)
-    return Count(once, each, pairs * heads) if learned else Count(0, once + each, pairs * heads)
-
-
-def _matrices(tree: Any) -> int:
-    """Count the multiplications for one row through linear layers: the sizes of their weights."""
-    if isinstance(tree, setattn.Linear):
-        return math.prod(tree.weight.shape)
-    return sum(_matrices(part) for part in tree) if isinstance(tree, tuple) else 0
+    def _attention(self, m: int, n: int, p: setattn.Attention, asking: int) -> None:
+        dim, kv_heads, head_dim = p.key.weight.shape
+        value_dim = p.value.weight.shape[-1]
+        heads, sets = p.output.weight.shape[0] if p.output else kv_heads, self.sets
+        grouped = m * heads // kv_heads
+        self.maps(m, p.query, asking)
+        keys = Product(sets * n, dim, kv_heads * head_dim)
+        scores = [
+            (keys, Product(grouped, head_dim, n, sets * kv_heads)),
+            (Product(asking * grouped, head_dim, dim, kv_heads), Product(heads * m, dim, n, sets)),
+        ]
+        if p.query and heads == kv_heads:  # the projected keys are carried to the queries, which are not projected
+            dim_query = p.query.weight.shape[0]
+            carried = Product(sets * n, head_dim, dim_query, heads), Product(heads * n, dim_query, m, sets)
+            made = self.products.pop()[0]
+            scores = [*((*made, *order) for order in scores), (keys, *carried)]
+        self.products.append(tuple(scores))
+        values = Product(sets * n, dim, kv_heads * value_dim)
+        last = (Product(sets * m, heads * value_dim, p.output.weight.shape[-1]),) if p.output else ()
+        sums = [
+            (values, Product(grouped, n, value_dim, sets * kv_heads), *last),
+            (Product(heads * m, n, dim, sets), Product(sets * m, dim, value_dim, heads), *last),
+        ]
+        if p.output and heads == kv_heads:  # the values are carried through the output projection
+            dim_out = p.output.weight.shape[-1]
+            carried = Product(sets * n, value_dim, dim_out, heads), Product(m, heads * n, dim_out, sets)
+            sums.append((values, *carried))
+        self.products.append(tuple(sums))
+        self.numbers["score"] += sets * heads * m * n
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------
@@ -155,7 +202,6 @@ def measure_rates(seconds: float = 0.5) -> Rates:
     a = rng.standard_normal((size, size), dtype=np.float32)
     x = rng.standard_normal((rows, 256), dtype=np.float32)  # 205 MB, more than caches hold
     vector = x[0].copy()
-    s = rng.standard_normal(1 << 18, dtype=np.float32)
     products: list[Callable[[], Any]] = [lambda: a @ a]
     readings: list[Callable[[], Any]] = [lambda: x @ vector, x.sum]
     try:
@@ -167,10 +213,14 @@ def measure_rates(seconds: float = 0.5) -> Rates:
         products.append(lambda: ta @ ta)
         readings += [tx.sum, lambda: tx @ tx[0]]
     return Rates(
-        multiplications=size**3 / min(_best(run, seconds) for run in products),
-        bytes=x.nbytes / min(_best(run, seconds) for run in readings),
-        exponentials=s.size / _best(lambda: np.exp(s), seconds),
+        multiplications=size**3 / fastest(products, seconds),
+        bytes=x.nbytes / fastest(readings, seconds),
     )
+
+
+def fastest(runs: Iterable[Callable[[], Any]], seconds: float) -> float:
+    """Return the least time that any of some calls took."""
+    return min(_best(run, seconds) for run in runs)
 
 
 def _best(run: Callable[[], Any], seconds: float) -> float:

@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks import floor, growth, machine, plots
 from benchmarks.contestants import BACKENDS, ROWS
-from benchmarks.report import measure_row, table
+from benchmarks.library import Library
+from benchmarks.report import TITLES, measure_row, table
 from benchmarks.timing import PAUSE, QUICK, Settings, cpu_count
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,12 +73,14 @@ def measure(
     """Measure the rows and the growth."""
     bar.note("rates of the machine")
     rates = floor.measure_rates()
-    results: dict[str, Any] = {"rates": vars(rates), "backends": backends, "rows": [], "growth": []}
+    libraries = {backend: Library(backend) for backend in backends}
+    seen = {backend: library.as_dict() for backend, library in libraries.items()}
+    results: dict[str, Any] = {"rates": vars(rates), "libraries": seen, "backends": backends, "rows": [], "growth": []}
     sizes = growth.SIZES[:5] if quick else growth.SIZES
     bar.total(len(rows) + len(families) * len(sizes))
     for row in rows:
         bar.note(row.name)
-        results["rows"].append(measure_row(row, backends, rates, settings, lambda: None))
+        results["rows"].append(measure_row(row, backends, rates, libraries, settings, lambda: None))
         bar.step()
     short = dataclasses.replace(settings, seconds=settings.seconds / 4, least_rounds=3)
     for family in families:
@@ -131,9 +134,13 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
     """Yield what is printed: header, table, growth, and who is missing."""
     yield from (f"{line}  " for line in machine.lines(results))
     rates = results["rates"]
+    seen = [
+        f"{TITLES[name]} {1e9 / own['exponentials']:.2f} and {1e9 / own['passes']:.2f}"
+        for name, own in results["libraries"].items()
+    ]
     yield (
-        f"rates: {2e-9 * rates['multiplications']:.0f} Gflop/s in products, {1e-9 * rates['bytes']:.1f} GB/s reading, "
-        f"{1e-6 * rates['exponentials']:.0f} million exponentials/s on one thread of NumPy"
+        f"rates: {2e-9 * rates['multiplications']:.0f} Gflop/s in products, {1e-9 * rates['bytes']:.1f} GB/s reading; "
+        f"ns an exponential and a number of a pass: {', '.join(seen)}"
     )
     if results["rows"]:
         yield ""
