@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from setattn._blocks import Block, by_rows, cut, fold, rows_in_a_block, sets_in_a_block
+from setattn._blocks import Block, by_rows, cut, elements_in_a_loop, fold, rows_in_a_block, sets_in_a_block
 from setattn._context import Context, log_length, ready
 from setattn._layers import NORMS, AnyNorm, Options, folded, norm
+from setattn._memory import Span, repeat
 from setattn._order import Order
 from setattn._params import Attention, LengthScale, Linear
 from setattn._state import (
@@ -16,6 +17,7 @@ from setattn._state import (
     finish,
     make_state,
     merge_blocks,
+    merge_stacked,
     merge_states,
     of_values,
     order_of,
@@ -61,6 +63,7 @@ class Way(NamedTuple):
 
     order: Order
     cuts: list[slice] | None  # of its elements into blocks, if it is more than one
+    loop: range | None  # where blocks of one size begin that a loop goes through, if there is one
     numbers: int  # about how many are at work for one set
 
 
@@ -70,7 +73,9 @@ def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: boo
     numbers = 2 * s.dim + 3 * s.heads * s.queries + s.kv_heads * (s.head_dim + s.value_dim)  # for one element
     size = rows_in_a_block(o.plan, context.elements, numbers, o.xp)
     cuts = None if size is None or s.elements <= size else cut(s.elements, size)
-    return Way(order_of(s, p, o, whole=alone and cuts is None), cuts, numbers * s.elements)
+    loop = elements_in_a_loop(context.elements, s.heads * s.queries, o.xp) if size is None else None
+    whole = alone and cuts is None and loop is None
+    return Way(order_of(s, p, o, whole=whole), cuts, loop, numbers * s.elements)
 
 
 def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
@@ -105,12 +110,18 @@ def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Op
 def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Options, log_n: Array | None) -> State:
     context, p = _folded(context, p, o)
     q = queries(query, context, p, way.order, o, log_n)
-    if way.cuts is None:
+
+    def part(elements: slice | Span) -> State:
+        return make_state(q, ready(context.part(elements), o), p, o)
+
+    if (loop := way.loop) is not None:
+        state = merge_stacked(repeat(lambda start: part(Span(start, loop.step)), loop, o.xp), o.xp)
+        if loop.stop < context.elements.shape[-2]:
+            state = merge_states(state, part(slice(loop.stop, None)), o.xp)
+    elif way.cuts is None:
         state = make_state(q, ready(context, o), p, o)
     else:
-        blocks = [context.part(c) for c in way.cuts]
-        states = run(lambda block: make_state(q, ready(block, o), p, o), blocks, o.plan.threads)
-        state = fold(lambda a, b: merge_blocks(a, b, o.xp), states)
+        state = fold(lambda a, b: merge_blocks(a, b, o.xp), run(part, way.cuts, o.plan.threads))
     return of_values(state, way.order, p, o.xp)
 
 

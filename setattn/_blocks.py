@@ -29,13 +29,12 @@ class Plan(NamedTuple):
         multiplications.
     block_size : int, optional
         How many elements of a set are worked through at a time; by default as many as keep the block in cache (on a
-        GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set that is
-        attended to is one block unless a size is given here, and so are rows of a result, but for ``jax.jit`` on one
-        CPU device.
+        GPU, in a small part of its memory). Inside ``jax.jit`` and ``torch.compile``, and on Dask, a set is one block
+        unless a size is given here, but for ``jax.jit`` on one CPU device, where blocks are a loop.
     threads : int, default 1
-        How many blocks are worked through at the same time, where the library is NumPy, with its products on one thread
-        each; needs the package threadpoolctl. The result is the same for any number above 1. Other libraries have
-        threads of their own and ignore it.
+        How many blocks are worked through at the same time, where the library is NumPy and the data are more than a
+        block, with all products of the call on one thread each; needs the package threadpoolctl. The result is the same
+        for any number above 1. Other libraries have threads of their own and ignore it.
     recompute : bool, default False
         Whether the chunks of Dask arrays are read or generated anew each time that a block goes through a set, rather
         than held from one pass to the next. Where a set is larger than the memory of all workers, that is what keeps
@@ -110,6 +109,23 @@ def by_rows(
         return function(x, None)
     cuts = cut(m if axis < 0 else batch[axis], most)
     return _assemble(lambda c: function(Block(axis, c).of(x, 1), Block(axis, c)), cuts, axis, xp, plan.threads)
+
+
+def elements_in_a_loop(x: Array, numbers: int, xp: Namespace) -> range | None:
+    """Return where the blocks of one size begin that a loop goes through the elements in, if it pays.
+
+    ``numbers`` are made for each element: a compiler writes them to memory, where they are more than caches hold.
+    """
+    *batch, n, _ = x.shape
+    budget = loop_bytes(x, xp)
+    if budget is None or not all(isinstance(size, int) for size in x.shape):
+        return None
+    bytes_for_one = 4 * numbers * math.prod(batch)
+    size = max(LEAST, budget // max(1, bytes_for_one))
+    return range(0, n - n % size, size) if n * bytes_for_one > _LOOPED * budget and n > size else None
+
+
+_LOOPED = 4  # blocks, from which on a loop is faster than all elements at once
 
 
 def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbers: int, xp: Namespace) -> Array:

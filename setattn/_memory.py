@@ -11,7 +11,7 @@ from setattn._typing import Array, Namespace
 # --- sizes of blocks ------------------------------------------------------------------------------------------------
 
 
-_CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 12 * 2**20, 256 * 2**20
+_CACHE, _CACHES, _GPU_MEMORY = 4 * 2**20, 24 * 2**20, 256 * 2**20
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:
@@ -75,8 +75,8 @@ def _of_axis(axis: int, cut: slice) -> tuple[Any, ...]:
     return (slice(None),) * axis + (cut, ...) if axis >= 0 else (..., cut) + (slice(None),) * (-1 - axis)
 
 
-def repeat(function: Callable[[Array], Array], starts: range, xp: Namespace) -> Array:
-    """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once."""
+def repeat(function: Callable[[Array], Any], starts: range, xp: Namespace) -> Any:
+    """Lay ``function(start)`` for all starts along a new first axis, by a loop that is traced once: arrays or trees."""
     places = xp.arange(starts.start, starts.stop, starts.step, dtype=xp.int32, device=None)
     return xp.jax.lax.map(function, places)
 

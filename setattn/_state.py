@@ -104,6 +104,17 @@ def merge_blocks(a: State, b: State, xp: Namespace) -> State:
     return State(largest, a.total * wa + b.total * wb, weighted)
 
 
+def merge_stacked(states: State, xp: Namespace) -> State:
+    """Merge states that lie along a first axis, as a balanced tree."""
+    while (count := states.total.shape[0]) > 1:
+        half = count // 2
+        first, second = (State(*(field[i * half : (i + 1) * half, ...] for field in states)) for i in (0, 1))
+        merged = merge_states(first, second, xp)
+        rest = (field[2 * half :, ...] for field in states)
+        states = State(*(xp.concat(both, axis=0) for both in zip(merged, rest, strict=True))) if count % 2 else merged
+    return State(*(field[0, ...] for field in states))
+
+
 def _common(a: State, b: State, xp: Namespace) -> tuple[Array, Array, Array]:
     """Return the largest score of both parts, and what the sums of each are multiplied with to be relative to it."""
     largest = xp.where(a.largest > b.largest, a.largest, b.largest)

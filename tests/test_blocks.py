@@ -101,6 +101,23 @@ def test_a_loop_inside_jit_is_traced_once(backend):
     assert abs(len(graph(sizes[1])) - len(graph(sizes[0]))) < 200
 
 
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_memory_inside_jit_is_bounded(backend):
+    """The scores of a long set are never there as a whole: what a compiled pooling takes does not grow with the set."""
+    import jax
+
+    params = setattn.init_pma(8, num_seeds=16, num_heads=4, form="official", rng=0)
+    params = setattn.convert_params(params, jax.numpy)
+
+    def compiled(n):
+        x = jax.ShapeDtypeStruct((n, 8), jax.numpy.float32)
+        return jax.jit(lambda x: setattn.pma(x, params)).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = compiled(200_001), compiled(800_001)
+    assert long < 32 * MEBIBYTE
+    assert long - short < 0.05 * (4 * 600_000 * 64)  # the scores of the rest
+
+
 def test_a_lost_block_is_noticed():
     """The bound refuses a result whose last block was not merged."""
     case, value, bound = cases.expected("pma", "float32")
