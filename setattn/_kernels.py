@@ -91,6 +91,8 @@ def row_max(x: Array, xp: Namespace) -> Array:
     """
     if not isinstance(xp, NumPy) or x.shape[-2] >= _SHORT or x.size < _MANY or x.strides[-2] != x.itemsize:
         return xp.max(x, axis=-1, keepdims=True)
+    if x.shape[-1] == 1:  # never the memory of x, which is written over next
+        return x.copy()
     while (n := x.shape[-1]) > 1:
         half, odd = n // 2, n % 2
         rest, x = x[..., n - odd :], np.maximum(x[..., :half], x[..., half : n - odd])
