@@ -22,7 +22,7 @@ EXPONENTIALS = ("score", "gelu", "gelu_tanh", "silu")  # an error function or a 
 _LONGEST = 2048  # of a side of a matrix, about the one of a block
 _MOST = 2**25  # multiplications that are timed at once
 _NUMBERS = 2**18  # of an array that stays in cache
-_SECONDS = 0.02
+_SECONDS = 0.05
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def spreads(plan: Plan, xp: Namespace, *data: Array) -> bool:
 def _exceeds_a_block(x: Array, plan: Plan, xp: Namespace) -> bool:
     budget = block_bytes(x, xp)
     assert budget is not None
-    return 4 * math.prod(x.shape) > budget or (plan.block_size is not None and x.shape[-2] > plan.block_size)
+    # Tokens have no axis after that of the elements, so it is looked for by its length.
+    return 4 * math.prod(x.shape) > budget or (plan.block_size is not None and max(x.shape) > plan.block_size)
 
 
 def by_rows(

@@ -80,7 +80,7 @@ def evaluate(call: Call, body: Callable[..., Array], params: Any, *, spread: boo
     if call.held is not None:
         lazy = call.chunks is None
         params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
-    threads = products_on_one_thread if spread and call.held is None else contextlib.nullcontext()
+    threads = products_on_one_thread if spread else contextlib.nullcontext()
     try:
         with ignore_underflow(call.xp), threads:
             if not call.half:

@@ -89,10 +89,10 @@ def row_max(x: Array, xp: Namespace) -> Array:
     Where it is not the last one in memory, and that is short, NumPy goes through it row by short row: it takes a third
     of the time to compare one half of the rows with the other, until one is left.
     """
-    if not isinstance(xp, NumPy) or x.shape[-2] >= _SHORT or x.size < _MANY or x.strides[-2] != x.itemsize:
+    rows, n = x.shape[-2:]
+    # Of one number it would be x itself, which is written over next.
+    if not isinstance(xp, NumPy) or n == 1 or rows >= _SHORT or x.size < _MANY or x.strides[-2] != x.itemsize:
         return xp.max(x, axis=-1, keepdims=True)
-    if x.shape[-1] == 1:  # never the memory of x, which is written over next
-        return x.copy()
     while (n := x.shape[-1]) > 1:
         half, odd = n // 2, n % 2
         rest, x = x[..., n - odd :], np.maximum(x[..., :half], x[..., half : n - odd])

@@ -32,7 +32,9 @@ class Queries(NamedTuple):
 class State(NamedTuple):
     """The mergeable result of attending to part of a set; all that an empty part holds is ``-inf, 0, 0``."""
 
-    largest: Array  # (..., kv_heads, rows, 1), the largest score
+    largest: (
+        Array  # (..., kv_heads, rows, 1), the largest score; of a kernel, the logarithm of the sum, which is then 1
+    )
     total: Array  # (..., kv_heads, rows, 1), the sum of exp(score - largest)
     weighted: Array  # (..., kv_heads, rows, width), the sum of exp(score - largest) * value; or element: of_values
 

@@ -100,6 +100,18 @@ def test_no_batch(name):
     np.testing.assert_allclose(alone, case.call((x,), params, masks)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", TOKENS)
+def test_no_batch_on_threads(name):
+    """Tokens of one set are one axis, whose blocks may go to several threads."""
+    pytest.importorskip("threadpoolctl")
+    case = cases.make(name)
+    arrays, masks = [a[0] for a in case.arrays], {key: mask[0] for key, mask in case.masks.items()}
+    spread = cases.replace(case, options=case.options | {"plan": Plan(block_size=2, threads=2)})
+    np.testing.assert_allclose(
+        spread.call(arrays, case.params, masks), case.call(arrays, case.params, masks), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_a_head_is_what_follows_the_latents():
     """The head of a Perceiver is the linear layer of the norm of the mean."""
     case = cases.make("perceiver-whole")

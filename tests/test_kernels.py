@@ -120,7 +120,10 @@ def test_the_kernel_inside_a_trace(backend, fused, mode):
 
     x = backend.xp.randn(3, 5, 8)
     params = setattn.convert_params(setattn.init_mab(8, num_heads=2, rng=0), backend.xp)
-    call = lambda x: setattn.sab(x, params, plan=Plan(setattn.Order()))  # noqa: E731
+
+    def call(x):
+        return setattn.sab(x, params, plan=Plan(setattn.Order()))
+
     traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
     assert backend.xp.allclose(traced(x), call(x), atol=1e-6)
 
