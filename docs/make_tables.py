@@ -108,8 +108,8 @@ def speed(date: str, results: dict[str, Any]) -> str:
         f"Measured on {date}, in float32: {results['machine']}; {versions}. Products ran at "
         f"{2e-9 * rates['multiplications']:.0f} Gflop/s, reading at {1e-9 * rates['bytes']:.1f} GB/s.",
         "",
-        f"| workload | best peer | ms | {' | '.join(t for *_, t in columns)} | floor, ms | floor / NumPy | exp, ms |",
-        "| --- " * (6 + len(columns)) + "|",
+        f"| workload | best peer | ms | {' | '.join(t for *_, t in columns)} | floor, ms | floor / NumPy |",
+        "| --- " * (5 + len(columns)) + "|",
     ]
     for row in results["rows"]:
         peer, floor = row["contestants"][row["best_peer"]], row["floor"]
@@ -117,7 +117,7 @@ def speed(date: str, results: dict[str, Any]) -> str:
         cells = [f"{row['name']}: {row['size']}", row["best_peer"], f"{1e3 * peer['seconds']['median']:.3g}"]
         cells += [cell(row, backend, variant) for backend, variant, _ in columns]
         cells += [f"{1e3 * floor['seconds']:.3g}", f"{best:.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {1e3 * floor['exponentials'] / rates['exponentials']:.3g} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
