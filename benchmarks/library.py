@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ EXPONENTIALS = ("score", "gelu", "gelu_tanh", "silu")  # an error function or a 
 _LONGEST = 2048  # of a side of a matrix, about the one of a block
 _MOST = 2**25  # multiplications that are timed at once
 _NUMBERS = 2**18  # of an array that stays in cache
-_SECONDS = 0.05
+_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,16 @@ class Library:
         self._functions = FUNCTIONS[backend]()
         self._seconds: dict[Product, float] = {}
         a, b = self._arrays((_NUMBERS,), (_NUMBERS,))
-        self._pass = fastest([lambda: self._functions.add(a, b)], 10 * _SECONDS) / _NUMBERS
-        self._exponential = fastest([lambda: self._functions.exp(a)], 10 * _SECONDS) / _NUMBERS
+        self._pass = fastest([lambda: self._functions.add(a, b)], 25 * _SECONDS) / _NUMBERS
+        self._exponential = fastest([lambda: self._functions.exp(a)], 25 * _SECONDS) / _NUMBERS
 
     def floor(self, work: Work, rates: Rates, threads: int = 1) -> OwnFloor:
         """Bound the time of some work; ``threads`` share what is elementwise, where the library does not do it."""
+        seconds = functools.cache(self._time)
         exponentials = sum(work.numbers[kind] for kind in EXPONENTIALS)
         passes = sum(work.numbers[kind] * passes for kind, passes in PASSES[self.backend].items())
         return OwnFloor(
-            products=sum(least(orders, self._time) for orders in work.products),
+            products=sum(least(orders, seconds) for orders in work.products),
             exponentials=exponentials * self._exponential / threads,
             passes=passes * self._pass / threads,
             reading=work.bytes / rates.bytes,
@@ -68,13 +71,16 @@ class Library:
         return {"exponentials": 1 / self._exponential, "passes": 1 / self._pass}
 
     def _time(self, product: Product) -> float:
-        """Return the time of products: that of some of them, cut to the size of a block, times as many as they are."""
+        """Return the time of products: that of some of them, cut to the size of a block, times as many as they are.
+
+        It is the least of all moments at which these were timed, as something may have come between at one of them.
+        """
         rows, inner, columns = (min(side, _LONGEST) for side in product[:3])
         part = Product(rows, inner, columns, max(1, min(product.batch, _MOST // (rows * inner * columns))))
-        if part not in self._seconds:
-            batch = (part.batch,) if part.batch > 1 else ()
-            a, b = self._arrays((*batch, rows, inner), (*batch, inner, columns))
-            self._seconds[part] = fastest([lambda: self._functions.matmul(a, b)], _SECONDS)
+        batch = (part.batch,) if part.batch > 1 else ()
+        a, b = self._arrays((*batch, rows, inner), (*batch, inner, columns))
+        now = fastest([lambda: self._functions.matmul(a, b)], _SECONDS)
+        self._seconds[part] = min(now, self._seconds.get(part, math.inf))
         return self._seconds[part] * product.multiplications / part.multiplications
 
     def _arrays(self, *shapes: tuple[int, ...]) -> list[Any]:
