@@ -12,6 +12,7 @@ from setattn._memory import Span, repeat
 from setattn._order import Order
 from setattn._params import Attention, LengthScale, Linear
 from setattn._state import (
+    Queries,
     State,
     attend_at_once,
     finish,
@@ -73,7 +74,8 @@ def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: boo
     numbers = 2 * s.dim + 3 * s.heads * s.queries + s.kv_heads * (s.head_dim + s.value_dim)  # for one element
     size = rows_in_a_block(o.plan, context.elements, numbers, o.xp)
     cuts = None if size is None or s.elements <= size else cut(s.elements, size)
-    loop = elements_in_a_loop(context.elements, s.heads * s.queries, o.xp) if size is None else None
+    written = s.heads * s.queries + (0 if context.prepare is None else 2 * s.dim)  # by a compiler, to memory
+    loop = elements_in_a_loop(context.elements, written, o.xp) if size is None else None
     whole = alone and cuts is None and loop is None
     return Way(order_of(s, p, o, whole=whole), cuts, loop, numbers * s.elements)
 
@@ -83,23 +85,41 @@ def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options
     return _state_of(query, contexts, [_way(query, context, p, o, alone=False) for context in contexts], p, o)
 
 
+class _Attended(NamedTuple):
+    """A context whose norm is folded into its projections, and how queries attend to it."""
+
+    context: Context
+    p: Attention
+    way: Way
+    queries: Queries | None  # if they are the same for every set
+
+
 def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p: Attention, o: Options) -> State:
-    """Make the state in ways that were chosen, with whole sets in a block where several fit in one."""
-    elements, numbers = contexts[0].elements, sum([way.numbers for way in ways])
+    """Make the state in ways that were chosen."""
+    same = len(query.shape) == 2 and not isinstance(p.length_scale, LengthScale)
+    attended = []
+    for context, way in zip(contexts, ways, strict=True):
+        bare, own = _folded(context, p, o)
+        attended.append(_Attended(bare, own, way, queries(query, bare, own, way.order, o) if same else None))
+    return _state_of_sets(query, attended, p, o)
+
+
+def _state_of_sets(query: Array, attended: Sequence[_Attended], p: Attention, o: Options) -> State:
+    """Make the state with whole sets in a block where several fit in one."""
+    elements, numbers = attended[0].context.elements, sum([a.way.numbers for a in attended])
     axis, most = sets_in_a_block(elements.shape[:-2], numbers, elements, o.xp)
     if axis is not None:
 
         def sets(c: slice) -> State:
             b = Block(axis, c)
             own = query if len(query.shape) == 2 else b.of(query)
-            return _state_of(own, [context.seen_by(b) for context in contexts], ways, p, o)
+            return _state_of_sets(own, [a._replace(context=a.context.seen_by(b)) for a in attended], p, o)
 
         parts = run(sets, cut(elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
-    log_n = log_length_of(query, contexts, p, o)
-    states = [_state_of_one(query, *each, p, o, log_n) for each in zip(contexts, ways, strict=True)]
-    return fold(lambda a, b: merge_states(a, b, o.xp), states)
+    log_n = log_length_of(query, [a.context for a in attended], p, o)
+    return fold(lambda a, b: merge_states(a, b, o.xp), [_state_of_one(query, a, o, log_n) for a in attended])
 
 
 def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> Array | None:
@@ -107,9 +127,10 @@ def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Op
     return log_length(query, contexts, o.xp) if isinstance(p.length_scale, LengthScale) else None
 
 
-def _state_of_one(query: Array, context: Context, way: Way, p: Attention, o: Options, log_n: Array | None) -> State:
-    context, p = _folded(context, p, o)
-    q = queries(query, context, p, way.order, o, log_n)
+def _state_of_one(query: Array, attended: _Attended, o: Options, log_n: Array | None) -> State:
+    context, p, way, q = attended
+    if q is None:
+        q = queries(query, context, p, way.order, o, log_n)
 
     def part(elements: slice | Span) -> State:
         return make_state(q, ready(context.part(elements), o), p, o)

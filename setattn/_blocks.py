@@ -126,7 +126,7 @@ def elements_in_a_loop(x: Array, numbers: int, xp: Namespace) -> range | None:
     return range(0, n - n % size, size) if n * bytes_for_one > _LOOPED * budget and n > size else None
 
 
-_LOOPED = 4  # blocks, from which on a loop is faster than all elements at once
+_LOOPED = 2  # blocks, from which on a loop is faster than all elements at once
 
 
 def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbers: int, xp: Namespace) -> Array:
