@@ -15,7 +15,7 @@ from setattn._state import (
     Queries,
     State,
     attend_at_once,
-    finish,
+    finish_into,
     make_state,
     merge_blocks,
     merge_stacked,
@@ -40,7 +40,7 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
         log_n = log_length_of(query, contexts, p, o)
         context, p = _folded(contexts[0], p, o)
         return attend_at_once(queries(query, context, p, ways[0].order, o, log_n), ready(context, o), p, o)
-    return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
+    return output(finish_into(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
 def part_of_attention(
@@ -119,7 +119,8 @@ def _state_of_sets(query: Array, attended: Sequence[_Attended], p: Attention, o:
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
     log_n = log_length_of(query, [a.context for a in attended], p, o)
-    return fold(lambda a, b: merge_states(a, b, o.xp), [_state_of_one(query, a, o, log_n) for a in attended])
+    states = [_state_of_one(query, a, o, log_n) for a in attended]
+    return states[0] if len(states) == 1 else fold(lambda a, b: merge_states(a, b, o.xp), states)
 
 
 def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> Array | None:

@@ -90,8 +90,9 @@ def spreads(plan: Plan, xp: Namespace, *data: Array) -> bool:
 def _exceeds_a_block(x: Array, plan: Plan, xp: Namespace) -> bool:
     budget = block_bytes(x, xp)
     assert budget is not None
-    # Tokens have no axis after that of the elements, so it is looked for by its length.
-    return 4 * math.prod(x.shape) > budget or (plan.block_size is not None and max(x.shape) > plan.block_size)
+    # A few times as many numbers as the data themselves are at work. Tokens have no axis after that of the elements, so
+    # it is looked for by its length.
+    return 4 * math.prod(x.shape) > budget // 8 or (plan.block_size is not None and max(x.shape) > plan.block_size)
 
 
 def by_rows(

@@ -23,6 +23,18 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     return xp.matmul(a, b)
 
 
+def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
+    """Multiply matrices for each head, ``(..., heads, m, n)`` and ``(..., heads, n, d)`` to ``(..., heads, m, d)``.
+
+    On NumPy the heads of a row lie side by side in memory after it, and need not be copied together.
+    """
+    *batch, heads, m, _ = a.shape
+    if not isinstance(xp, NumPy) or m == 1 or a.shape[:-2] != b.shape[:-2]:
+        return xp.matmul(a, b)
+    out = xp.empty((*batch, m, heads, b.shape[-1]), dtype=a.dtype, device=None)
+    return xp.matmul(a, b, out=out.swapaxes(-3, -2))
+
+
 def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
     if isinstance(xp, Torch):

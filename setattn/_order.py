@@ -51,17 +51,24 @@ def multiplications(s: Sizes, order: Order) -> int:
 
 
 def choose(
-    s: Sizes, wanted: Order | None = None, *, whole: bool = True, head_norms: Sequence[bool] = (False, False)
+    s: Sizes,
+    wanted: Order | None = None,
+    *,
+    whole: bool = True,
+    head_norms: Sequence[bool] = (False, False),
+    copied: bool = False,
 ) -> Order:
     """Return the order with the fewest multiplications, of equal ones the one that projects; or the wanted one.
 
     ``whole`` says whether the weights of all elements are known at once, without which the output projection, which
     takes all heads together, can't be carried; ``head_norms`` whether queries and keys are normalised on each head:
-    those have to be made. Where a wanted order can't be had for such a reason, its part projects.
+    those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` says that
+    a library lays a weight out anew, head by head, to carry something past it.
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
-    scores, values = _of_scores(s), _of_values(s)
+    copy = _COPY if copied else 0
+    scores, values = _of_scores(s, copy), _of_values(s, copy)
     if key_norm:
         del scores["carry_queries"]
     if not own_keys or query_norm or s.dim_query is None:
@@ -73,6 +80,9 @@ def choose(
     return Order(_least(scores), _least(values))
 
 
+_COPY = 256  # multiplications that take as long as to copy one number from one place in memory to another
+
+
 def _least(counts: dict[str, int]) -> str:
     best = "project"
     for name, count in counts.items():  # by single comparisons, which torch.compile can trace where sizes are symbols
@@ -80,23 +90,23 @@ def _least(counts: dict[str, int]) -> str:
     return best
 
 
-def _of_scores(s: Sizes) -> dict[str, int]:
+def _of_scores(s: Sizes, copy: int = 0) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_query or 0
     queries = rows * width * s.head_dim
     keys = s.elements * s.dim * s.kv_heads * s.head_dim
     return {
         "project": queries + keys + rows * s.elements * s.head_dim,
-        "carry_queries": queries + rows * s.head_dim * s.dim + rows * s.elements * s.dim,
-        "carry_keys": keys + s.heads * s.elements * s.head_dim * width + rows * s.elements * width,
+        "carry_queries": queries + (rows + copy * s.kv_heads) * s.head_dim * s.dim + rows * s.elements * s.dim,
+        "carry_keys": keys + s.heads * (s.elements + copy) * s.head_dim * width + rows * s.elements * width,
     }
 
 
-def _of_values(s: Sizes) -> dict[str, int]:
+def _of_values(s: Sizes, copy: int = 0) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_out or 0
     values = s.elements * s.dim * s.kv_heads * s.value_dim
     output = rows * s.value_dim * width
     return {
         "project": values + rows * s.elements * s.value_dim + output,
-        "carry_weights": rows * s.elements * s.dim + rows * s.dim * s.value_dim + output,
+        "carry_weights": rows * s.elements * s.dim + (rows + copy * s.kv_heads) * s.dim * s.value_dim + output,
         "carry_output": values + s.heads * s.elements * s.value_dim * width + rows * s.elements * width,
     }

@@ -11,9 +11,9 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
-from setattn._kernels import at_least, exp_into, fused_attention, fuses, into, matmul, row_max, row_sum
+from setattn._kernels import at_least, exp_into, fused_attention, fuses, into, matmul, matmul_heads, row_max, row_sum
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
-from setattn._memory import like_rows
+from setattn._memory import copies_weights, like_rows
 from setattn._namespace import largest_number
 from setattn._order import PROJECT, Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
@@ -25,7 +25,7 @@ class Queries(NamedTuple):
 
     array: Array  # (..., kv_heads, rows, width), or (..., m, dim) where the keys are carried to them
     order: Order
-    shift: Array | None = None  # (..., kv_heads, rows, 1), what the bias of the keys adds to carried queries' scores
+    shift: Array | None = None  # (..., kv_heads, rows, 1), of the key bias: it adds to all scores of carried queries
     scale: float = 1.0  # left to be multiplied with the keys, which are fewer
 
 
@@ -64,7 +64,9 @@ def _by_steps(q: Queries, context: Context, p: Attention, o: Options) -> State:
         weighted = _weighted_elements(e, context, xp)
     else:
         values, context = _values(context, p, xp)
-        weighted = matmul(e, values, xp)
+        weighted = matmul_heads(e, values, xp)
+    if q.shift is not None:
+        largest = largest + q.shift
     return State(largest, total, _poisoned(weighted, context, xp))
 
 
@@ -138,6 +140,11 @@ def finish(state: State, xp: Namespace) -> Array:
     return state.weighted / _nonzero(state.total, xp)
 
 
+def finish_into(state: State, xp: Namespace) -> Array:
+    """Return the same in the memory of a state that is needed no more."""
+    return into("divide", state.weighted, _nonzero(state.total, xp), xp)
+
+
 # --- all elements at once -------------------------------------------------------------------------------------------
 
 
@@ -193,7 +200,7 @@ def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> 
     """Choose the order of products for the sizes at hand."""
     queries_made = isinstance(p.query_norm, NORMS) or isinstance(p.length_scale, LengthScale)
     made = queries_made, isinstance(p.key_norm, NORMS)
-    return choose(sizes, o.plan.order, whole=whole, head_norms=made)
+    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_weights(o.xp))
 
 
 def queries(
@@ -235,8 +242,7 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
     if q.order.scores == "carry_queries":  # the queries of all heads by one product
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
-        s = _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp)
-        return (s if q.shift is None else into("add", s, q.shift, xp)), True
+        return _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp), True
     k = _keys(q, context, p, o)
     if q.order.scores == "project":
         if o.eager and 4 * q.array.shape[-2] > k.shape[-2]:
