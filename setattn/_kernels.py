@@ -190,7 +190,12 @@ def _clamped(x: Array, limit: float) -> Array:
     return x.clip(-limit, limit)  # in a third of the time of a minimum and a maximum with one number
 
 
-_IN_PLACE = Kernels(_clamped, lambda a, b: np.multiply(a, b, out=a), lambda a, b: np.add(a, b, out=a))
+_IN_PLACE = Kernels(
+    _clamped,
+    lambda a, b: np.multiply(a, b, out=a),
+    lambda a, b: np.add(a, b, out=a),
+    lambda a: np.tanh(a, out=a),
+)
 
 
 def by_pieces(function: Callable[[Array, Namespace], Array]) -> Callable[[Array, Namespace], Array]:

@@ -63,11 +63,11 @@ def choose(
     ``whole`` says whether the weights of all elements are known at once, without which the output projection, which
     takes all heads together, can't be carried; ``head_norms`` whether queries and keys are normalised on each head:
     those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` says that
-    a library lays a weight out anew, head by head, to carry something past it.
+    a library copies what it multiplies head by head, if it does not lie in memory so: keys, values or their weights.
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
-    copy = _COPY if copied else 0
+    copy = _COPY if copied and s.kv_heads > 1 else 0
     scores, values = _of_scores(s, copy), _of_values(s, copy)
     if key_norm:
         del scores["carry_queries"]
@@ -93,7 +93,7 @@ def _least(counts: dict[str, int]) -> str:
 def _of_scores(s: Sizes, copy: int = 0) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_query or 0
     queries = rows * width * s.head_dim
-    keys = s.elements * s.dim * s.kv_heads * s.head_dim
+    keys = s.elements * (s.dim + copy) * s.kv_heads * s.head_dim
     return {
         "project": queries + keys + rows * s.elements * s.head_dim,
         "carry_queries": queries + (rows + copy * s.kv_heads) * s.head_dim * s.dim + rows * s.elements * s.dim,
@@ -103,7 +103,7 @@ def _of_scores(s: Sizes, copy: int = 0) -> dict[str, int]:
 
 def _of_values(s: Sizes, copy: int = 0) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_out or 0
-    values = s.elements * s.dim * s.kv_heads * s.value_dim
+    values = s.elements * (s.dim + copy) * s.kv_heads * s.value_dim
     output = rows * s.value_dim * width
     return {
         "project": values + rows * s.elements * s.value_dim + output,

@@ -29,7 +29,7 @@ Both follow one model of the arithmetic, the derivations of whose constants are 
   ulp, which are 2 to 4 u); `EXP_SHARP` = 2, because such errors reach their maximum at few arguments (root mean
   square 0.79 and 0.42 u).
 - `ACT` = 5: x (1 + f(z)) / 2 with f erf or tanh is off by 5 u |x|: the roundings of z (2 u for erf, 6 for tanh)
-  through z f'(z) (at most 0.48 and 0.45), f itself (4 u of 1 for a polynomial erf, 2 for tanh) and the sum (2 u), all
+  through z f'(z) (at most 0.48 and 0.45), f itself (4 u of 1 for our own erf, 2 for tanh) and the sum (2 u), all
   three halved, and the last product (1 u). `ACT_SHARP` = 1: they are not at their worst at one argument (measured in
   float32 on 150,000: 3.05 at most, root mean square 0.44). SiLU, by a sigmoid, is off by 7 u |f| (exp 4, sum, quotient
   and product 1 each), sharp 3 (root of 2^2 + 3, rounded up; measured 4.49, root mean square 0.89).
