@@ -72,7 +72,8 @@ def threads() -> list[str]:
         found.append("BLAS unknown (pip install threadpoolctl)")
     else:
         for pool in threadpool_info():
-            library = f"{pool['internal_api']} {pool.get('version') or ''}".strip()
+            kernels = pool.get("architecture")  # for which processor its products were written
+            library = " ".join(filter(None, (pool["internal_api"], pool.get("version"), kernels)))
             found.append(f"{library} ({Path(pool['filepath']).name.partition('.so')[0]}) {pool['num_threads']}")
     if "torch" in sys.modules:
         found.append(f"torch {sys.modules['torch'].get_num_threads()}")

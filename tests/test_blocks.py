@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
 import threading
 import tracemalloc
 from unittest import mock
@@ -308,6 +312,32 @@ def test_the_products_are_those_that_are_needed(monkeypatch, name, per_element):
 
     more = (multiplications(24_000) - multiplications(8_000)) / 16_000
     assert per_element <= more < 1.13 * per_element
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library keeps the memory of blocks its own way"
+)
+def test_blocks_take_their_memory_once():
+    """The C library keeps the memory of a block for the next one: calls after the first get no pages from the system.
+
+    A page that was given back and is asked for anew is a fault. Left alone, the C library makes thousands of them here.
+    """
+    code = """if True:
+        import resource
+        import numpy as np
+        import setattn
+
+        x = np.random.default_rng(0).normal(size=(100_000, 128)).astype(np.float32)
+        params = setattn.init_isab(128, num_inducing=128, num_heads=8, form="pre_norm", norm="layer", rng=0)
+        faults = []
+        for _ in range(4):
+            setattn.mab(params.inducing_points, x, params.mab_inducing)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[-2])
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) < 1000
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

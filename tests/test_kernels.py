@@ -141,6 +141,24 @@ def test_the_kernel_inside_vmap(backend, fused, name):
     assert set(fused) <= {None}
 
 
+@on_torch
+def test_results_in_blocks_are_tensors_of_the_values(backend):
+    """Where no gradient is recorded, blocks are written into one tensor, also under vmap, of which nothing is known."""
+    torch = backend.xp
+    params = setattn.convert_params(setattn.init_mab(8, num_heads=2, rng=0), torch)
+    plan, sets = Plan(block_size=2), torch.linspace(-1, 1, 3 * 7 * 8).reshape(3, 7, 8)
+    with torch.no_grad():
+        whole = setattn.sab(sets, params)
+        for dtype in (torch.float32, torch.bfloat16):
+            own = setattn.map_params(lambda a, dtype=dtype: a.to(dtype), params)
+            out = setattn.sab(sets.to(dtype), own, plan=plan)
+            assert (type(out), out.dtype, out.device) == (torch.Tensor, dtype, sets.device)
+            assert out.is_contiguous()
+            assert torch.allclose(out.float(), whole, atol=1e-5 if dtype is torch.float32 else 0.1)
+        mapped = torch.func.vmap(lambda x: setattn.sab(x, params, plan=plan))(sets)
+    assert torch.allclose(mapped, whole, atol=1e-5)
+
+
 # --- NumPy ----------------------------------------------------------------------------------------------------------
 
 

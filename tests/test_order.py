@@ -18,6 +18,8 @@ import setattn
 from setattn import Order, Plan, _attend, _state
 from setattn._context import Context
 from setattn._layers import Options
+from setattn._memory import copies_weights
+from setattn._namespace import namespace_of
 from setattn._order import SCORES, VALUES, Sizes, choose, multiplications
 
 ORDERS = [Order(*names) for names in itertools.product(SCORES, VALUES)]
@@ -107,6 +109,18 @@ def test_the_probe_of_siglip_saves_most_of_the_work():
     """One probe of 16 heads for 729 patches of width 1152: more than 60 times fewer multiplications."""
     sizes = Sizes(1, 729, 1152, 16, 16, 72, 72)
     assert multiplications(sizes, Order()) > 60 * multiplications(sizes, choose(sizes))
+
+
+def test_copies_count_where_a_library_makes_them(backend):
+    """XLA copies what is multiplied head by head: a wide weight for few elements, or the keys of many."""
+    few = Sizes(16, 273, 1280, 20, 20, 64, 64, 1280, 1280)  # a layer of the IP-Adapter's resampler
+    many = Sizes(64, 2112, 1024, 8, 8, 64, 64, 1024, 1024)  # one of Flamingo's
+    assert choose(few) == choose(many) == choose(many, copied=True) == Order(Q, W)
+    assert choose(few, copied=True) == Order(P, P)
+    alone = few._replace(heads=1, kv_heads=1)  # a single head lies in memory as it is
+    assert choose(alone, copied=True) == choose(alone)
+    assert choose(few, Order(Q, W), copied=True) == Order(Q, W)
+    assert copies_weights(namespace_of(backend.asarray(np.zeros(1), "float32"))) == (backend.name == "jax")
 
 
 def test_what_has_to_be_made_is_made():
