@@ -15,7 +15,7 @@ from setattn._state import (
     Queries,
     State,
     attend_at_once,
-    finish_into,
+    finish,
     make_state,
     merge_blocks,
     merge_stacked,
@@ -40,7 +40,7 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
         log_n = log_length_of(query, contexts, p, o)
         context, p = _folded(contexts[0], p, o)
         return attend_at_once(queries(query, context, p, ways[0].order, o, log_n), ready(context, o), p, o)
-    return output(finish_into(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
+    return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
 def part_of_attention(

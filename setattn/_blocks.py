@@ -92,7 +92,7 @@ def _exceeds_a_block(x: Array, plan: Plan, xp: Namespace) -> bool:
     assert budget is not None
     # A few times as many numbers as the data themselves are at work. Tokens have no axis after that of the elements, so
     # it is looked for by its length.
-    return 4 * math.prod(x.shape) > budget // 8 or (plan.block_size is not None and max(x.shape) > plan.block_size)
+    return 4 * math.prod(x.shape) > budget // 4 or (plan.block_size is not None and max(x.shape) > plan.block_size)
 
 
 def by_rows(

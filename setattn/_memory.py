@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,9 +61,11 @@ def _keep_heap() -> None:
 
     It gives the end of its heap back to the system where more than a threshold is free, and gets it again page by page,
     which took a third of the time of an induced block. The threshold is twice the largest array that was given back so
-    far, of those up to 32 MiB: here is one that is never written to, and so never takes any memory.
+    far, of those up to 32 MiB: here is one that is never written to, and so never takes any memory. A program that sets
+    the threshold itself, by ``MALLOC_TRIM_THRESHOLD_``, has it as it is set.
     """
-    np.empty(31 * 2**18, dtype=np.float32)
+    if sys.platform == "linux":
+        np.empty(31 * 2**18, dtype=np.float32)
 
 
 _keep_heap()
@@ -113,13 +117,17 @@ def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
 
 
 def _room_in_torch(part: Array, shape: list[int], xp: Namespace) -> Array:
-    """Return an array of PyTorch, on a CPU in memory of NumPy's: that is of large pages, and there in less time."""
-    if not xp.is_compiling():
+    """Return an array of PyTorch, a large one on a CPU in memory of NumPy's: its large pages are there in less time."""
+    traced = xp.is_compiling() or xp.is_tracing()
+    if math.prod(shape) * part.itemsize >= _LARGE and type(part) is xp.Tensor and not traced:
         try:
             return xp.from_numpy(np.empty_like(part.new_empty(0).numpy(), shape=shape))
         except (RuntimeError, TypeError):  # of torch.func.vmap, of a GPU, of a dtype that NumPy has not
             pass
     return part.new_empty(shape)
+
+
+_LARGE = 4 * 2**20  # bytes, from which on NumPy asks for large pages
 
 
 def put(out: Array, axis: int, cut: slice, part: Array) -> None:

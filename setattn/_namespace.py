@@ -100,6 +100,7 @@ class Torch(_Adapted):
         self.attention_on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
         self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
         self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+        self.is_tracing = torch.jit.is_tracing
 
     @staticmethod
     def matrix_transpose(x: Array) -> Array:

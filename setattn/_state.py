@@ -25,7 +25,7 @@ class Queries(NamedTuple):
 
     array: Array  # (..., kv_heads, rows, width), or (..., m, dim) where the keys are carried to them
     order: Order
-    shift: Array | None = None  # (..., kv_heads, rows, 1), of the key bias: it adds to all scores of carried queries
+    shift: Array | None = None  # (..., kv_heads, rows, 1), what the bias of the keys adds to carried queries' scores
     scale: float = 1.0  # left to be multiplied with the keys, which are fewer
 
 
@@ -65,8 +65,6 @@ def _by_steps(q: Queries, context: Context, p: Attention, o: Options) -> State:
     else:
         values, context = _values(context, p, xp)
         weighted = matmul_heads(e, values, xp)
-    if q.shift is not None:
-        largest = largest + q.shift
     return State(largest, total, _poisoned(weighted, context, xp))
 
 
@@ -138,11 +136,6 @@ def _weight(state: State, largest: Array, xp: Namespace) -> Array:
 def finish(state: State, xp: Namespace) -> Array:
     """Return the weighted mean of the values; over nothing it is 0."""
     return state.weighted / _nonzero(state.total, xp)
-
-
-def finish_into(state: State, xp: Namespace) -> Array:
-    """Return the same in the memory of a state that is needed no more."""
-    return into("divide", state.weighted, _nonzero(state.total, xp), xp)
 
 
 # --- all elements at once -------------------------------------------------------------------------------------------
@@ -242,7 +235,8 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
     if q.order.scores == "carry_queries":  # the queries of all heads by one product
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
-        return _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp), True
+        s = _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp)
+        return (s if q.shift is None else into("add", s, q.shift, xp)), True
     k = _keys(q, context, p, o)
     if q.order.scores == "project":
         if o.eager and 4 * q.array.shape[-2] > k.shape[-2]:

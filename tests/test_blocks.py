@@ -348,7 +348,7 @@ def test_threads_change_no_bit(name):
     """Blocks on several threads are the same blocks: with products on one thread each, so are the bits."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
     shape, (function, params) = WORKLOADS[name]
-    x = normal(*(min(size, 6000) for size in shape[:-1]), shape[-1])
+    x = normal(*(min(size, 8000) for size in shape[:-1]), shape[-1])
     with threadpoolctl.threadpool_limits(1, "blas"):
         one = function(x, params)
     for threads in (2, 3, 7):

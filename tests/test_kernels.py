@@ -142,8 +142,10 @@ def test_the_kernel_inside_vmap(backend, fused, name):
 
 
 @on_torch
-def test_results_in_blocks_are_tensors_of_the_values(backend):
-    """Where no gradient is recorded, blocks are written into one tensor, also under vmap, of which nothing is known."""
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of looks at numbers
+def test_results_in_blocks_are_tensors_of_the_values(backend, monkeypatch):
+    """Where no gradient is recorded, blocks are written into one tensor; under vmap and in a trace, too."""
+    monkeypatch.setattr("setattn._memory._LARGE", 0)
     torch = backend.xp
     params = setattn.convert_params(setattn.init_mab(8, num_heads=2, rng=0), torch)
     plan, sets = Plan(block_size=2), torch.linspace(-1, 1, 3 * 7 * 8).reshape(3, 7, 8)
@@ -156,7 +158,11 @@ def test_results_in_blocks_are_tensors_of_the_values(backend):
             assert out.is_contiguous()
             assert torch.allclose(out.float(), whole, atol=1e-5 if dtype is torch.float32 else 0.1)
         mapped = torch.func.vmap(lambda x: setattn.sab(x, params, plan=plan))(sets)
+        traced = torch.jit.trace(lambda x: setattn.sab(x, params, plan=plan), (sets,), check_trace=False)
+        first, second = traced(sets), traced(-sets)
     assert torch.allclose(mapped, whole, atol=1e-5)
+    assert torch.allclose(first, whole, atol=1e-5)
+    assert not torch.allclose(first, second, atol=0.1)
 
 
 # --- NumPy ----------------------------------------------------------------------------------------------------------
