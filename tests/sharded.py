@@ -199,12 +199,12 @@ def examples():
         "pma": (setattn.pma, setattn.init_pma(DIM, num_seeds=4, **given), 1, 2176),
         "attention_pool": (setattn.attention_pool, setattn.init_attention_pool(DIM, num_probes=4, **given), 1, 2176),
         "cross_attention": (lambda x, p, mask=None: setattn.cross_attention(z, x, p, mask=mask), latents, 1, 2176),
-        "isab": (setattn.isab, setattn.init_isab(DIM, num_inducing=16, **given), 1, 2560),
+        "isab": (setattn.isab, setattn.init_isab(DIM, num_inducing=16, **given), 1, 8704),
         "set_transformer": (
             setattn.set_transformer,
             setattn.init_set_transformer(DIM, DIM, 4, **given, **encoder),
             3,
-            5664,
+            17952,
         ),
         "perceiver": (
             setattn.perceiver,

@@ -328,7 +328,7 @@ def test_memory_does_not_grow_with_the_set():
         extra = tracemalloc.get_traced_memory()[1] - out.nbytes
     finally:
         tracemalloc.stop()
-    assert extra < 12 * 2**20
+    assert extra < 16 * 2**20  # a block, and a third; the embedded inputs alone would be 24
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
