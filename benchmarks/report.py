@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.contestants import TOLERANCE, Contestant, error_of, peer_contestants, setattn_contestants
-from benchmarks.floor import Floor, Rates
+from benchmarks.floor import Floor, Rates, Work
 from benchmarks.library import Library
 from benchmarks.problem import Row
 from benchmarks.timing import Settings, Spread, cpu_count, in_turns, ratio
@@ -21,8 +21,8 @@ def measure_row(
     libraries: dict[str, Library],
     settings: Settings,
     progress: Callable[[], Any],
-) -> dict[str, Any]:
-    """Check and time everything that computes a row, and return the results as they go into the JSON file."""
+) -> tuple[dict[str, Any], Work]:
+    """Check and time everything that computes a row; return the results for the JSON file, and what had to be done."""
     problem, missing = row.problem(), {}
     reference = problem.reference()
     contestants, errors, wrong = {}, {}, {}
@@ -37,24 +37,13 @@ def measure_row(
             contestants[c.name] = c
     floor = Floor.of(problem, reference.size, rates)
     del reference
-    for backend in backends:  # and once more after the calls, as rates are the best of several moments
+    for backend in backends:  # and once more after all rows: rates are the best of several moments
         libraries[backend].floor(floor.work, rates)
     samples = in_turns({name: c.run for name, c in contestants.items()}, settings, progress)
     spreads = {name: Spread.of(times) for name, times in samples.items()}
     peers = [name for name, c in contestants.items() if not c.backend]
     best = min(peers, key=lambda name: spreads[name].median, default=None)
-
-    def own_floor(c: Contestant) -> dict[str, float] | None:
-        if not c.backend:
-            return None
-        threads = cpu_count() if c.variant else 1
-        own = libraries[c.backend].floor(floor.work, rates, threads)
-        of_floor = own.seconds / spreads[c.name].median
-        return (
-            own.as_dict() | {"of_floor": of_floor} | ({"reachable": spreads[best].median / own.seconds} if best else {})
-        )
-
-    return {
+    results = {
         "name": row.name,
         "size": row.size,
         "targets": row.targets,
@@ -69,13 +58,25 @@ def measure_row(
                 "error": errors[name],
                 "seconds": vars(spreads[name]),
                 "of_floor": floor.seconds / spreads[name].median,
-                "own_floor": own_floor(c),
                 "ratio": vars(ratio(samples[best], samples[name])) if best else None,
                 "rounds": len(samples[name]),
             }
             for name, c in contestants.items()
         },
     }
+    return results, floor.work
+
+
+def add_own_floors(row: dict[str, Any], work: Work, libraries: dict[str, Library], rates: Rates) -> None:
+    """Add to the results of a row the least time that each library needs for what has to be done."""
+    peer = row["contestants"].get(row["best_peer"])
+    for c in row["contestants"].values():
+        if not c["backend"]:
+            c["own_floor"] = None
+            continue
+        own = libraries[c["backend"]].floor(work, rates, cpu_count() if c["variant"] else 1)
+        reachable = {"reachable": peer["seconds"]["median"] / own.seconds} if peer else {}
+        c["own_floor"] = own.as_dict() | {"of_floor": own.seconds / c["seconds"]["median"]} | reachable
 
 
 def check(contestant: Contestant, reference: Any) -> tuple[float | None, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import floor, growth, machine, plots
 from benchmarks.contestants import BACKENDS, ROWS
 from benchmarks.library import Library
-from benchmarks.report import TITLES, measure_row, table
+from benchmarks.report import TITLES, add_own_floors, measure_row, table
 from benchmarks.timing import PAUSE, QUICK, Settings, cpu_count
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,14 +78,20 @@ def measure(
     results: dict[str, Any] = {"rates": vars(rates), "libraries": seen, "backends": backends, "rows": [], "growth": []}
     sizes = growth.SIZES[:5] if quick else growth.SIZES
     bar.total(len(rows) + len(families) * len(sizes))
+    works = []
     for row in rows:
         bar.note(row.name)
-        results["rows"].append(measure_row(row, backends, rates, libraries, settings, lambda: None))
+        measured, work = measure_row(row, backends, rates, libraries, settings, lambda: None)
+        results["rows"].append(measured)
+        works.append(work)
         bar.step()
     short = dataclasses.replace(settings, seconds=settings.seconds / 4, least_rounds=3)
     for family in families:
         bar.note(family)
         results["growth"].append(growth.measure_family(family, sizes, backends, short, bar.step))
+    bar.note("floors")
+    for measured, work in zip(results["rows"], works, strict=True):
+        add_own_floors(measured, work, libraries, rates)
     return machine.describe() | results
 
 
