@@ -83,7 +83,8 @@ def curves(results: dict[str, Any], figure_class: type, key: str) -> Any:
     for ax, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families, strict=True):
         for name, curve in family["curves"].items():
             style = {"color": COLORS[curve["backend"]], "marker": "o", "ms": 3, "lw": 1.2}
-            style["ls"] = "-" if curve["backend"] else "--"
+            variant = name.endswith("threads")
+            style["ls"] = ":" if variant else "-" if curve["backend"] else "--"
             if key == "seconds":
                 label = f"{name}: slope {curve['slope']:.2f}"
                 ax.plot(curve["n"], [1e3 * s["median"] for s in curve["seconds"]], label=label, **style)
