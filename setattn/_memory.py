@@ -16,13 +16,13 @@ from setattn._typing import Array, Namespace
 
 
 _CACHE, _CACHES, _GPU_MEMORY = 12 * 2**20, 24 * 2**20, 256 * 2**20
-_LOOP = 8 * 2**20
+_LOOP = 8 * 2**20  # of what a compiler writes to memory in a step
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:
     """Return how much memory a block of ``x`` may take, or ``None`` where blocks do not suit.
 
-    On a CPU, what a core's share of the caches holds, or, where each operation is spread over the cores, their shares
+    On a CPU, about what the last cache holds for a core, or, where each operation is spread over the cores, for them
     together; on a GPU, enough for a kernel to be busy with. A loop that is traced becomes as many copies of its body, a
     block of an array over several devices would have to be sent around, and Dask has blocks of its own.
     """
@@ -150,8 +150,8 @@ def memory_order(x: Array) -> tuple[int, ...]:
     return order if host.transpose(order).flags.c_contiguous else tuple(range(host.ndim))
 
 
-def copies_weights(xp: Namespace) -> bool:
-    """Say whether a library copies a weight ``(dim, heads, head_dim)`` to multiply it head by head, as XLA does."""
+def copies_heads(xp: Namespace) -> bool:
+    """Say whether a library copies what it multiplies head by head to lay the heads first in memory, as XLA does."""
     return isinstance(xp, JAX)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from setattn._context import Context, mark
 from setattn._kernels import at_least, exp_into, fused_attention, fuses, into, matmul, matmul_heads, row_max, row_sum
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
-from setattn._memory import copies_weights, like_rows
+from setattn._memory import copies_heads, like_rows
 from setattn._namespace import largest_number
 from setattn._order import PROJECT, Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
@@ -193,7 +193,7 @@ def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> 
     """Choose the order of products for the sizes at hand."""
     queries_made = isinstance(p.query_norm, NORMS) or isinstance(p.length_scale, LengthScale)
     made = queries_made, isinstance(p.key_norm, NORMS)
-    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_weights(o.xp))
+    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_heads(o.xp))
 
 
 def queries(

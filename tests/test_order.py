@@ -18,7 +18,7 @@ import setattn
 from setattn import Order, Plan, _attend, _state
 from setattn._context import Context
 from setattn._layers import Options
-from setattn._memory import copies_weights
+from setattn._memory import copies_heads
 from setattn._namespace import namespace_of
 from setattn._order import SCORES, VALUES, Sizes, choose, multiplications
 
@@ -120,7 +120,7 @@ def test_copies_count_where_a_library_makes_them(backend):
     alone = few._replace(heads=1, kv_heads=1)  # a single head lies in memory as it is
     assert choose(alone, copied=True) == choose(alone)
     assert choose(few, Order(Q, W), copied=True) == Order(Q, W)
-    assert copies_weights(namespace_of(backend.asarray(np.zeros(1), "float32"))) == (backend.name == "jax")
+    assert copies_heads(namespace_of(backend.asarray(np.zeros(1), "float32"))) == (backend.name == "jax")
 
 
 def test_what_has_to_be_made_is_made():
