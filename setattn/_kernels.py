@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from setattn._erf import Kernels, portable_erf
-from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, Written, why_not
+from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, UnrecordedTorch, Written, why_not
 from setattn._typing import Absent, Array, Namespace
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -20,6 +20,8 @@ from setattn._typing import Absent, Array, Namespace
 
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     """Multiply matrices."""
+    if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
+        return xp.linear_on_cpu(a, b.mT, None, "none", [], "")
     return xp.matmul(a, b)
 
 
@@ -37,9 +39,21 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
 
 def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
+    if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
+        return xp.linear_on_cpu(a, b.mT, c, "none", [], "")
     if isinstance(xp, Torch):
         return xp.linear(a, b.mT, c)
     return into("add", xp.matmul(a, b), c, xp)
+
+
+_LARGE = 2**24  # multiplications, from which on a kernel is worth the time to generate it, once for each shape
+
+
+def _suits_onednn(a: Array, b: Array, xp: Namespace) -> bool:
+    """Say whether oneDNN takes the product of two arrays, of which the second is a matrix, and pays."""
+    if xp.linear_on_cpu is None or b.dim() != 2 or a.numel() * b.shape[1] < _LARGE or not xp.mkldnn.enabled:
+        return False
+    return a.dtype == xp.float32 and a.device.type == "cpu" and type(a) is xp.Tensor
 
 
 # --- in place -------------------------------------------------------------------------------------------------------
@@ -61,24 +75,14 @@ def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
     function = getattr(xp, name)
     if isinstance(xp, Written):
         return function(a, b, out=a)
-    if not _writes(xp):
-        return function(a, b)
-    try:
-        return _IN_PLACE_OF[name](a, b)
-    except RuntimeError:  # of torch.func.vmap, where b has an axis that a has not
-        return function(a, b)
+    return _IN_PLACE_OF[name](a, b) if isinstance(xp, UnrecordedTorch) else function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
     if isinstance(xp, Written):
         return xp.exp(a, out=a)
-    return a.exp_() if _writes(xp) else xp.exp(a)
-
-
-def _writes(xp: Namespace) -> bool:
-    """Say whether PyTorch, if it is the library, neither records nor traces what is done."""
-    return isinstance(xp, Torch) and not xp.is_grad_enabled() and not xp.is_compiling()
+    return a.exp_() if isinstance(xp, UnrecordedTorch) else xp.exp(a)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def relu(x: Array, xp: Namespace) -> Array:
     NumPy clips in a third of the time that it takes for a maximum with one number, and ``where`` takes longer still.
     """
     if isinstance(xp, Torch):
-        return x.relu_() if _writes(xp) else x.relu()
+        return x.relu_() if isinstance(xp, UnrecordedTorch) else x.relu()
     return x.clip(0, math.inf, x) if isinstance(xp, NumPy) else xp.where(x <= 0, 0.0, x)
 
 
@@ -234,7 +238,7 @@ _FUSED = 1  # scores of a head in a set from which one kernel for all of it is f
 
 def fuses(q: Array, n: int, value_dim: int, xp: Namespace) -> bool:
     """Say whether :func:`fused_attention` takes queries ``(..., heads, rows, width)`` and ``n`` elements, and pays."""
-    if not _writes(xp) or q.device.type != "cpu" or xp.attention_on_cpu is None:
+    if not isinstance(xp, UnrecordedTorch) or q.device.type != "cpu" or xp.attention_on_cpu is None:
         return False
     *_, rows, width = q.shape
     return bool(width == value_dim and rows * n >= _FUSED)
@@ -242,12 +246,12 @@ def fuses(q: Array, n: int, value_dim: int, xp: Namespace) -> bool:
 
 def fused_attention(
     q: Array, k: Array, v: Array, mask: Array | None, xp: Namespace
-) -> tuple[Array, Array, Array | None] | None:
+) -> tuple[Array, Array, Array | None]:
     """Return ``softmax(q k^T) v`` and the logarithms of the sums of the exponentials, by PyTorch's kernel.
 
     They are 0 and ``-inf`` of elements that are all masked by ``mask``, of shape ``(..., n)``. The third result says of
     which rows the kernel does not tell, if there are any: the logarithms that it gives of no scores, of NaN alone and
-    of a sum of 1 are all 0. There is no result where numbers can't be looked at.
+    of a sum of 1 are all 0.
     """
     rows, (n, width) = q.shape[-2], k.shape[-2:]
     batch = xp.broadcast_shapes(q.shape[:-2], k.shape[:-2])
@@ -265,10 +269,7 @@ def fused_attention(
     if seen is not None:
         logs = xp.where(seen, logs, -math.inf)
     unsure = logs == 0
-    try:
-        return out, logs, unsure if bool(unsure.any()) else None
-    except RuntimeError:  # of torch.func.vmap, whose tensors have no numbers to look at
-        return None
+    return out, logs, unsure if bool(unsure.any()) else None
 
 
 # --- look-ups and counts --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from setattn._kernels import (
     row_mean_square,
     surely_within,
 )
-from setattn._namespace import bits_of
+from setattn._namespace import bits_of, unrecorded
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -57,7 +57,7 @@ def options(
     eps = check.number(call, "eps", eps, positive=True)
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     lazy = call.chunks is not None
-    xp = call.chunks if lazy else call.xp
+    xp = unrecorded(call.chunks if lazy else call.xp)
     given = check.plan(call, plan)
     return Options(xp, activation, eps, scale, given, call.half, call.eager, lazy, function=call.function)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, Written, namespace_of, to_numpy
+from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, UnrecordedTorch, Written, namespace_of, to_numpy
 from setattn._typing import Array, Namespace
 
 # --- sizes of blocks ------------------------------------------------------------------------------------------------
@@ -111,18 +111,17 @@ def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
     """
     shape = list(part.shape)
     shape[axis] = length
-    if isinstance(xp, Torch):
-        return None if xp.is_grad_enabled() else _room_in_torch(part, shape, xp)
+    if isinstance(xp, UnrecordedTorch):
+        return _room_in_torch(part, shape, xp)
     return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if isinstance(xp, Written) else None
 
 
 def _room_in_torch(part: Array, shape: list[int], xp: Namespace) -> Array:
     """Return an array of PyTorch, a large one on a CPU in memory of NumPy's: its large pages are there in less time."""
-    traced = xp.is_compiling() or xp.is_tracing()
-    if math.prod(shape) * part.itemsize >= _LARGE and type(part) is xp.Tensor and not traced:
+    if math.prod(shape) * part.itemsize >= _LARGE and type(part) is xp.Tensor:
         try:
             return xp.from_numpy(np.empty_like(part.new_empty(0).numpy(), shape=shape))
-        except (RuntimeError, TypeError):  # of torch.func.vmap, of a GPU, of a dtype that NumPy has not
+        except TypeError:  # of a GPU, of a dtype that NumPy has not
             pass
     return part.new_empty(shape)
 

@@ -96,11 +96,8 @@ class Torch(_Adapted):
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
         self.linear, self.layer_norm = torch.nn.functional.linear, torch.nn.functional.layer_norm
         self.gelu, self.broadcast_shapes = torch.nn.functional.gelu, torch.broadcast_shapes
-        # What scaled_dot_product_attention calls on a CPU: it gives the sums of exponentials, too.
-        self.attention_on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
         self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
-        self.is_compiling, self.is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-        self.is_tracing = torch.jit.is_tracing
+        self.is_compiling = torch.compiler.is_compiling
 
     @staticmethod
     def matrix_transpose(x: Array) -> Array:
@@ -117,6 +114,43 @@ class Torch(_Adapted):
     @staticmethod
     def mean(x: Array, *, axis: int, keepdims: bool) -> Array:
         return x.mean(axis, keepdims)
+
+
+class UnrecordedTorch(Torch):
+    """PyTorch's where it neither records nor traces nor transforms what is done: with kernels that tell of nothing."""
+
+    def __init__(self, module: Namespace) -> None:
+        super().__init__(module)
+        torch = sys.modules["torch"]
+        # What scaled_dot_product_attention calls on a CPU: it gives the sums of exponentials, too.
+        self.attention_on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+        self.linear_on_cpu = _linear_by_onednn(torch)
+        self.mkldnn = torch.backends.mkldnn
+
+
+def _linear_by_onednn(torch: Namespace) -> Any:
+    """Return PyTorch's operation for a linear map by oneDNN, as its compiler calls it, where that is of use.
+
+    It takes the kernels of the processor that it runs on. MKL, which PyTorch calls otherwise, takes those for AVX-512 on
+    Intel's processors alone.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def unrecorded(xp: Namespace) -> Namespace:
+    """Return the namespace to compute in: PyTorch's other one, where it does nothing but compute."""
+    if not isinstance(xp, Torch) or xp.is_compiling():
+        return xp
+    torch = sys.modules["torch"]
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+        return xp
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return xp
+    if "unrecorded" not in _adapted:
+        _adapted["unrecorded"] = UnrecordedTorch(xp._module)
+    return _adapted["unrecorded"]
 
 
 class Dask(_Adapted):

@@ -76,10 +76,7 @@ def _by_a_kernel(q: Queries, context: Context, p: Attention, o: Options) -> tupl
     if not fuses(q.array, n, p.value.weight.shape[-1], xp):
         return None
     values, context = _values(context, p, xp)
-    fused = fused_attention(q.array, _keys(q, context, p, o), values, context.mask, xp)
-    if fused is None:
-        return None
-    weighted, logs, unsure = fused
+    weighted, logs, unsure = fused_attention(q.array, _keys(q, context, p, o), values, context.mask, xp)
     return State(logs, xp.where(logs == -math.inf, 0.0, xp.ones_like(logs)), weighted), unsure
 
 
