@@ -23,6 +23,7 @@ from setattn._state import (
     of_values,
     order_of,
     output,
+    projected_queries,
     queries,
     sizes_of,
 )
@@ -39,7 +40,9 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
     if ways[0].order.values == "carry_output":
         log_n = log_length_of(query, contexts, p, o)
         context, p = _folded(contexts[0], p, o)
-        return attend_at_once(queries(query, context, p, ways[0].order, o, log_n), ready(context, o), p, o)
+        order = ways[0].order
+        q = queries(query, projected_queries(query, p, [order], o, log_n), context, p, order, o)
+        return attend_at_once(q, ready(context, o), p, o)
     return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
@@ -96,12 +99,18 @@ class _Attended(NamedTuple):
 
 def _state_of(query: Array, contexts: Sequence[Context], ways: Sequence[Way], p: Attention, o: Options) -> State:
     """Make the state in ways that were chosen."""
-    same = len(query.shape) == 2 and not isinstance(p.length_scale, LengthScale)
-    attended = []
-    for context, way in zip(contexts, ways, strict=True):
-        bare, own = _folded(context, p, o)
-        attended.append(_Attended(bare, own, way, queries(query, bare, own, way.order, o) if same else None))
+    attended = [_Attended(*_folded(c, p, o), way, None) for c, way in zip(contexts, ways, strict=True)]
+    if len(query.shape) == 2 and not isinstance(p.length_scale, LengthScale):
+        attended = _asked_by(query, attended, p, o, None)
     return _state_of_sets(query, attended, p, o)
+
+
+def _asked_by(
+    query: Array, attended: Sequence[_Attended], p: Attention, o: Options, log_n: Array | None
+) -> list[_Attended]:
+    """Make the queries to each context, of one projection for all."""
+    projected = projected_queries(query, p, [a.way.order for a in attended], o, log_n)
+    return [a._replace(queries=queries(query, projected, a.context, a.p, a.way.order, o)) for a in attended]
 
 
 def _state_of_sets(query: Array, attended: Sequence[_Attended], p: Attention, o: Options) -> State:
@@ -118,8 +127,9 @@ def _state_of_sets(query: Array, attended: Sequence[_Attended], p: Attention, o:
         parts = run(sets, cut(elements.shape[axis], most), o.plan.threads)
         return State(*(o.xp.concat(list(field), axis=axis) for field in zip(*parts, strict=True)))
 
-    log_n = log_length_of(query, [a.context for a in attended], p, o)
-    states = [_state_of_one(query, a, o, log_n) for a in attended]
+    if attended[0].queries is None:
+        attended = _asked_by(query, attended, p, o, log_length_of(query, [a.context for a in attended], p, o))
+    states = [_state_of_one(a, o) for a in attended]
     return states[0] if len(states) == 1 else fold(lambda a, b: merge_states(a, b, o.xp), states)
 
 
@@ -128,10 +138,9 @@ def log_length_of(query: Array, contexts: Sequence[Context], p: Attention, o: Op
     return log_length(query, contexts, o.xp) if isinstance(p.length_scale, LengthScale) else None
 
 
-def _state_of_one(query: Array, attended: _Attended, o: Options, log_n: Array | None) -> State:
+def _state_of_one(attended: _Attended, o: Options) -> State:
     context, p, way, q = attended
-    if q is None:
-        q = queries(query, context, p, way.order, o, log_n)
+    assert q is not None
 
     def part(elements: slice | Span) -> State:
         return make_state(q, ready(context.part(elements), o), p, o)
@@ -152,7 +161,7 @@ def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attent
     if not isinstance(context.norm, NORMS) or context.key_positions is not None:
         return context, p
     bare, (key, value) = folded(context.norm, (p.key, p.value), context.elements.shape[-2], o.xp)
-    return context._replace(norm=bare), p._replace(key=key, value=value)
+    return context._replace(norm=() if context.normalised else bare), p._replace(key=key, value=value)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

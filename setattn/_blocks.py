@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from setattn._memory import Span, block_bytes, loop_bytes, part_of, put, repeat, room
+from setattn._memory import Parts, Span, block_bytes, is_written, loop_bytes, part_of, repeat
 from setattn._order import Order
 from setattn._threads import run
 from setattn._typing import Array, Namespace
@@ -59,8 +59,12 @@ class Block(NamedTuple):
 
 
 def cut(size: int, most: int) -> list[slice]:
-    """Cut an axis into parts of nearly equal size, of at most ``most`` each."""
+    """Cut an axis into parts of nearly equal size, of at most ``most`` each.
+
+    Their number is even, so that two threads have the same to do, and does not depend on how many there are.
+    """
     parts = max(1, -(-size // most))
+    parts = min(size, parts + parts % 2) if parts > 1 else 1
     return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
 
 
@@ -152,15 +156,12 @@ def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbe
 def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: Namespace, threads: int) -> Array:
     """Put ``make(cut)`` for all cuts of an axis together, without holding them twice where an array can be written."""
     at = axis if axis >= 0 else -2
-    first = make(cuts[0])
-    out = room(first, at, cuts[-1].stop, xp)
-    if out is None:
-        return xp.concat([first, *map(make, cuts[1:])], axis=at)
-
-    put(out, at, cuts[0], first)
-    for _ in run(lambda c: put(out, at, c, make(c)), cuts[1:], threads):
+    if not is_written(xp):
+        return xp.concat([*map(make, cuts)], axis=at)
+    parts = Parts(at, cuts[-1].stop, xp)
+    for _ in run(lambda c: parts.put(c, make(c)), cuts, threads):
         pass
-    return out
+    return parts.array
 
 
 def fold(merge: Callable[[T, T], T], parts: Iterable[T]) -> T:

@@ -21,7 +21,7 @@ from setattn._typing import Absent, Array, Namespace
 def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     """Multiply matrices."""
     if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
-        return xp.linear_on_cpu(a, b.mT, None, "none", [], "")
+        return _linear_on_cpu(a, b, None, xp)
     return xp.matmul(a, b)
 
 
@@ -40,7 +40,7 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
 def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
     if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
-        return xp.linear_on_cpu(a, b.mT, c, "none", [], "")
+        return _linear_on_cpu(a, b, c, xp)
     if isinstance(xp, Torch):
         return xp.linear(a, b.mT, c)
     return into("add", xp.matmul(a, b), c, xp)
@@ -50,10 +50,15 @@ _LARGE = 2**24  # multiplications, from which on a kernel is worth the time to g
 
 
 def _suits_onednn(a: Array, b: Array, xp: Namespace) -> bool:
-    """Say whether oneDNN takes the product of two arrays, of which the second is a matrix, and pays."""
-    if xp.linear_on_cpu is None or b.dim() != 2 or a.numel() * b.shape[1] < _LARGE or not xp.mkldnn.enabled:
+    """Say whether oneDNN takes the product of two arrays and pays: where the second is one matrix."""
+    n, k = b.shape[-2:]
+    if xp.linear_on_cpu is None or b.numel() != n * k or a.numel() * k < _LARGE or not xp.mkldnn.enabled:
         return False
-    return a.dtype == xp.float32 and a.device.type == "cpu" and type(a) is xp.Tensor
+    return a.dim() >= b.dim() and a.dtype == xp.float32 and a.device.type == "cpu" and type(a) is xp.Tensor
+
+
+def _linear_on_cpu(a: Array, b: Array, c: Array | None, xp: Namespace) -> Array:
+    return xp.linear_on_cpu(a, b.reshape(b.shape[-2:]).mT, c, "none", [], "")
 
 
 # --- in place -------------------------------------------------------------------------------------------------------

@@ -190,14 +190,16 @@ def folded(p: AnyNorm, maps: tuple[Linear | Absent, ...], rows: int, xp: Namespa
 
     ``(y * scale + bias) @ weight`` is ``y @ (scale * weight) + bias @ weight``.
     """
-    if not isinstance(p, NORMS) or is_absent(p.scale):
-        return p, maps
-    linears = [m for m in maps if isinstance(m, Linear)]
-    columns = sum(math.prod(m.weight.shape[1:]) for m in linears)
-    if not linears or not _pays(rows, columns):
+    if not isinstance(p, NORMS) or is_absent(p.scale) or not folds(maps, rows):
         return p, maps
     bias = p.bias if isinstance(p, LayerNorm) else ()
     return type(p)(), tuple(_absorb(m, p.scale, bias, xp) if isinstance(m, Linear) else m for m in maps)
+
+
+def folds(maps: tuple[Linear | Absent, ...], rows: int) -> bool:
+    """Say whether there are maps to move a norm into, and that pays."""
+    columns = [math.prod(m.weight.shape[1:]) for m in maps if isinstance(m, Linear)]
+    return bool(columns) and _pays(rows, sum(columns))
 
 
 def _pays(rows: int, columns: int) -> bool:

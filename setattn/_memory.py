@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,16 +105,32 @@ def repeat(function: Callable[[Array], Any], starts: range, xp: Namespace) -> An
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def room(part: Array, axis: int, length: int, xp: Namespace) -> Array | None:
-    """Return an array to write parts like this one into, or ``None`` where arrays are not written to.
+def is_written(xp: Namespace) -> bool:
+    """Say whether arrays of a library are written to; PyTorch records every write where it records gradients."""
+    return isinstance(xp, Written | UnrecordedTorch)
 
-    PyTorch records every write where it records gradients.
-    """
-    shape = list(part.shape)
-    shape[axis] = length
-    if isinstance(xp, UnrecordedTorch):
-        return _room_in_torch(part, shape, xp)
-    return xp.empty(tuple(shape), dtype=part.dtype, device=part.device) if isinstance(xp, Written) else None
+
+class Parts:
+    """An array whose parts are written as they come, from any thread; the first one says what it is like."""
+
+    def __init__(self, axis: int, length: int, xp: Namespace) -> None:
+        self.array: Array = None
+        self._axis, self._length, self._xp = axis, length, xp
+        self._lock = threading.Lock()
+
+    def put(self, cut: slice, part: Array) -> None:
+        """Write a part of the axis."""
+        with self._lock:
+            if self.array is None:
+                self.array = self._room(part)
+        put(self.array, self._axis, cut, part)
+
+    def _room(self, part: Array) -> Array:
+        shape = list(part.shape)
+        shape[self._axis] = self._length
+        if isinstance(self._xp, UnrecordedTorch):
+            return _room_in_torch(part, shape, self._xp)
+        return self._xp.empty(tuple(shape), dtype=part.dtype, device=part.device)
 
 
 def _room_in_torch(part: Array, shape: list[int], xp: Namespace) -> Array:
@@ -130,7 +147,7 @@ _LARGE = 4 * 2**20  # bytes, from which on NumPy asks for large pages
 
 
 def put(out: Array, axis: int, cut: slice, part: Array) -> None:
-    """Write a part into an array that :func:`room` made."""
+    """Write a part of an axis into an array."""
     out[_of_axis(axis, cut)] = part
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend
@@ -10,10 +12,13 @@ from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets, outright, over_chunks, whole_sets
 from setattn._layers import (
+    NORMS,
+    AnyNorm,
     Options,
     affine,
     enter,
     feed_forward,
+    folds,
     linear,
     norm,
     options,
@@ -106,7 +111,7 @@ def perceiver_resampler(
 
     def body(p: Resampler) -> Array:
         before, own = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
-        y, z = _flatten(features, mask, before, own), p.latents
+        y, z = _flatten(features, mask, before, own, _shared_norm(p, features, o)), p.latents
         if not is_absent(p.mean_latents):
             z = whole_sets(mean_latents(_mean(y, own.xp), before, own), o)
         for layer in p.layers:
@@ -132,19 +137,38 @@ def resampler_contexts(z: Array, y: Context, p: CrossAttention) -> list[Context]
     return [y._replace(norm=p.context_norm), Context(z, norm=p.query_norm)]
 
 
-def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options) -> Context:
+def _is_embedded(p: Resampler) -> bool:
+    """Say whether the features are mapped or have something added to them, and so are held once more."""
+    return not all(map(is_absent, (p.position, p.input, p.media_embedding, p.frame_embedding, p.mean_latents)))
+
+
+def _shared_norm(p: Resampler, x: Array, o: Options) -> AnyNorm:
+    """Return the norm without scale and bias that all layers put the features through, to do so once, if it pays.
+
+    Where the features are held for all layers anyway, and scale and bias become a part of the projections. The mean is
+    one of the features before it, and in the chunks of a lazy array each layer has its own.
+    """
+    n = x.shape[-2] if is_absent(p.frame_embedding) else math.prod(x.shape[-3:-1])
+    kinds = {type(layer.context_norm) for layer in p.layers}
+    maps = [(layer.attention.key, layer.attention.value) for layer in p.layers]
+    if o.lazy or not _is_embedded(p) or not is_absent(p.mean_latents) or len(kinds) > 1:
+        return ()
+    return kinds.pop()() if kinds <= set(NORMS) and all(folds(m, n) for m in maps) else ()
+
+
+def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options, last: AnyNorm) -> Context:
     """Make the features what all layers attend to, and lay the frames of a medium end to end."""
-    if not all(map(is_absent, (p.position, p.input, p.media_embedding, p.frame_embedding, p.mean_latents))):
-        x = _embedded(x, mask, p, o)
+    if _is_embedded(p):
+        x = _embedded(x, mask, p, o, last)
     if not is_absent(p.frame_embedding):
         *batch, count, n, dim = x.shape
         x = o.xp.reshape(x, (*batch, count * n, dim))
         mask = None if mask is None else o.xp.reshape(mask, (*batch, count * n))
-    return Context(x, mask)
+    return Context(x, mask, normalised=not is_absent(last))
 
 
-def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options) -> Array:
-    """Add their positions to the features, map them, and add the embeddings of their media and frames."""
+def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options, last: AnyNorm) -> Array:
+    """Add their positions to the features, map them, add the embeddings of their media and frames, and normalise."""
     frames, of_frames = not is_absent(p.frame_embedding), len(x.shape) - 3
     of_media = of_frames - frames
     parts = (p.input.hidden, p.input.gate, p.input.output) if isinstance(p.input, FeedForward) else (p.input,)
@@ -161,7 +185,7 @@ def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options) -> Array:
             x = x + (media[:, None, None, :] if frames else media[:, None, :])
         if frames:
             x = x + _rows(p.frame_embedding, of_frames, x.shape[of_frames], block)[:, None, :]
-        return x if is_absent(p.mean_latents) else select(x, here, o.xp)
+        return norm(x, last, o) if is_absent(p.mean_latents) else select(x, here, o.xp)
 
     return by_rows(rows, x, 2 * (x.shape[-1] + sum(widths)), o.plan, o.xp)
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -27,14 +32,34 @@ def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterato
         yield from map(function, items)
         return
 
-    def work(context: contextvars.Context, item: T) -> U:
-        _here.working = True
-        return context.run(function, item)  # NumPy keeps its error state in the context
+    from concurrent.futures import wait
 
+    with products_on_one_thread:
+        pool = _workers(threads)
+        # NumPy keeps its error state in the context.
+        futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:  # after an error, too, nothing goes on in the background
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+
+@functools.lru_cache(maxsize=8)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Return threads that wait for blocks, the same ones for every call.
+
+    New ones begin on the processor of the thread that starts them: it takes the system milliseconds to move them.
+    """
     from concurrent.futures import ThreadPoolExecutor  # which takes its time to be imported
 
-    with products_on_one_thread, ThreadPoolExecutor(min(threads, len(items))) as pool:
-        yield from pool.map(work, [contextvars.copy_context() for _ in items], items)
+    return ThreadPoolExecutor(threads, "setattn", initializer=lambda: setattr(_here, "working", True))
+
+
+if hasattr(os, "register_at_fork"):  # a process that was forked has the pool, but not its threads
+    os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 class _ProductsOnOneThread(contextlib.AbstractContextManager[None]):
