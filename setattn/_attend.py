@@ -161,7 +161,8 @@ def _folded(context: Context, p: Attention, o: Options) -> tuple[Context, Attent
     if not isinstance(context.norm, NORMS) or context.key_positions is not None:
         return context, p
     bare, (key, value) = folded(context.norm, (p.key, p.value), context.elements.shape[-2], o.xp)
-    return context._replace(norm=() if context.normalised else bare), p._replace(key=key, value=value)
+    left = () if isinstance(context.normalised, NORMS) else bare
+    return context._replace(norm=left), p._replace(key=key, value=value)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

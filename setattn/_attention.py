@@ -7,7 +7,7 @@ import math
 from setattn import _check as check
 from setattn import _parts as parts
 from setattn._attend import attend, by_queries, log_length_of
-from setattn._blocks import Block, Plan, spreads
+from setattn._blocks import Block, Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context, ready
 from setattn._layers import Options, enter, options, select
@@ -108,11 +108,10 @@ def attention(
     (4, 3, 8)
     """
     call = _check_attention("attention", query, context, params, mask, pair_mask, bias)
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, query, context, activation=activation, eps=eps, scale=scale, plan=plan)
 
     q, y = Context(query), Context(context, mask, pair_mask, bias)
-    spread = spreads(o.plan, o.xp, query, context)
-    return evaluate(call, lambda p: attend_from(q, y, p, o), params, spread=spread)
+    return evaluate(call, lambda p: attend_from(q, y, p, o), params, o.plan.threads)
 
 
 def attention_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend
-from setattn._blocks import Plan, spreads
+from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
@@ -90,13 +90,13 @@ def attention_pool(
     width = structure.attention_pool(call, "params", params, x)
     check.context_mask(call, mask, x, "x")
     check.key_positions(call, key_positions, x, width)
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: AttentionPool) -> Array:
         y = pool_context(x, mask, p)._replace(norm=(), key_positions=key_positions)
         return _pool(Context(p.probe), y, p._replace(probe=(), input=(), position=()), o)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, x))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 @over_chunks

@@ -87,8 +87,8 @@ def sets_in_a_block(batch: Sequence[int], numbers: int, x: Array, xp: Namespace)
 
 
 def spreads(plan: Plan, xp: Namespace, *data: Array) -> bool:
-    """Say whether blocks of the data of a call go to several threads: whether any are more than a block."""
-    return plan.threads > 1 and any(_exceeds_a_block(x, plan, xp) for x in data)
+    """Say whether the data of a call are worth several threads: whether any are more than a block."""
+    return any(_exceeds_a_block(x, plan, xp) for x in data)
 
 
 def _exceeds_a_block(x: Array, plan: Plan, xp: Namespace) -> bool:

@@ -71,18 +71,18 @@ def begin(
     return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks, argument)
 
 
-def evaluate(call: Call, body: Callable[..., Array], params: Any, *, spread: bool = False) -> Array:
+def evaluate(call: Call, body: Callable[..., Array], params: Any, threads: int = 1) -> Array:
     """Compute ``body(params)``, in float32 where the arrays are of half precision, rounded once at the end.
 
-    The parameters are widened here; the data, which may be large, where a block of it is taken. ``spread`` says that
-    blocks go to several threads.
+    The parameters are widened here; the data, which may be large, where a block of it is taken. ``threads`` says on how
+    many it is computed.
     """
     if call.held is not None:
         lazy = call.chunks is None
         params = map_params(lambda a: in_one_chunk(a, call.xp) if lazy or namespace_of(a) is call.xp else a, params)
-    threads = products_on_one_thread if spread else contextlib.nullcontext()
+    products = products_on_one_thread if threads > 1 else contextlib.nullcontext()
     try:
-        with ignore_underflow(call.xp), threads:
+        with ignore_underflow(call.xp), products:
             if not call.half:
                 return body(params)
             wide = map_params(lambda a: widen(a, namespace_of(a)), params)

@@ -25,7 +25,7 @@ class Context(NamedTuple):
     bias: Array | None = None  # (..., n), added to the scores
     prepare: Callable[[Array], Array] | None = None
     norm: AnyNorm = ()
-    normalised: bool = False  # whether they have gone through the norm already, but for a scale and bias to be folded
+    normalised: AnyNorm = ()  # what elements have gone through of it already, so that scale and bias are left to fold
     poisoned: Array | None = None  # (..., m), the queries that see an element that is not finite
     embedding: InputEmbedding | Absent = ()  # whose tables have n rows
     length: Array | int | None = None  # (...), how many elements take part of which these are some

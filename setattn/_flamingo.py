@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan, spreads
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._kernels import cumulative_count
@@ -110,11 +110,10 @@ def gated_cross_attention(
     check.mask(call, "pair_mask", pair_mask, pairs, "one entry for each pair from x and media")
     check.switch(call.function, "immediate", immediate)
     check.switch(call.function, "ff_without_media", ff_without_media)
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, media, activation=activation, eps=eps, scale=scale, plan=plan)
 
     y = _visible(media, mask, _seen_media(media, media_locations, pair_mask, immediate, o.xp), o.xp)
-    spread = spreads(o.plan, o.xp, x, media)
-    return evaluate(call, lambda p: _gated(x, y, p, ff_without_media, o), params, spread=spread)
+    return evaluate(call, lambda p: _gated(x, y, p, ff_without_media, o), params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

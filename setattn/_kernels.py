@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from setattn._erf import Kernels, portable_erf
-from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, UnrecordedTorch, Written, why_not
+from setattn._namespace import JAX, CuPy, Dask, NumPy, ThreadedNumPy, Torch, UnrecordedTorch, Written, why_not
+from setattn._threads import on_a_thread, run
 from setattn._typing import Absent, Array, Namespace
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -22,7 +23,7 @@ def matmul(a: Array, b: Array, xp: Namespace) -> Array:
     """Multiply matrices."""
     if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
         return _linear_on_cpu(a, b, None, xp)
-    return xp.matmul(a, b)
+    return _on_threads(a, b, xp) if isinstance(xp, ThreadedNumPy) else xp.matmul(a, b)
 
 
 def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
@@ -43,7 +44,26 @@ def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
         return _linear_on_cpu(a, b, c, xp)
     if isinstance(xp, Torch):
         return xp.linear(a, b.mT, c)
-    return into("add", xp.matmul(a, b), c, xp)
+    return into("add", matmul(a, b, xp), c, xp)
+
+
+def _on_threads(a: Array, b: Array, xp: Namespace) -> Array:
+    """Multiply by one large matrix on several threads, a part of its columns on each, unless this is one of them.
+
+    How many parts there are does not depend on how many threads.
+    """
+    columns = b.shape[-1]
+    if b.ndim != 2 or a.size * columns < _SPREAD or columns < _COLUMNS or on_a_thread():
+        return xp.matmul(a, b)
+    out = xp.empty((*a.shape[:-1], columns), dtype=a.dtype, device=None)
+    parts = [slice(columns * i // _PARTS, columns * (i + 1) // _PARTS) for i in range(_PARTS)]
+    for _ in run(lambda c: xp.matmul(a, b[:, c], out=out[..., c]), parts, xp.threads):
+        pass
+    return out
+
+
+_PARTS, _COLUMNS = 4, 256
+_SPREAD = 2**24  # multiplications, from which on they take longer than to wake the threads
 
 
 _LARGE = 2**24  # multiplications, from which on a kernel is worth the time to generate it, once for each shape

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from setattn import _check as check
-from setattn._blocks import Plan
+from setattn._blocks import Plan, spreads
 from setattn._call import Call, widen
 from setattn._kernels import (
     by_pieces,
@@ -21,7 +21,7 @@ from setattn._kernels import (
     row_mean_square,
     surely_within,
 )
-from setattn._namespace import bits_of, unrecorded
+from setattn._namespace import bits_of, to_compute_in
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 
@@ -46,19 +46,22 @@ class Options(NamedTuple):
 
 def options(
     call: Call,
-    *,
+    *data: Array,
     activation: str = "relu",
     eps: float = 1e-5,
     scale: float | None = None,
     plan: Plan | None = None,
 ) -> Options:
-    """Check the options that most functions take."""
+    """Check the options that most functions take; where the data of a call are small, it takes one thread."""
     check.choice(call.function, "activation", activation, ACTIVATIONS)
     eps = check.number(call, "eps", eps, positive=True)
     scale = None if scale is None else check.number(call, "scale", scale, positive=False)
     lazy = call.chunks is not None
-    xp = unrecorded(call.chunks if lazy else call.xp)
+    xp = call.chunks if lazy else call.xp
     given = check.plan(call, plan)
+    if given.threads > 1 and data and not spreads(given, xp, *data):
+        given = given._replace(threads=1)
+    xp = to_compute_in(xp, given.threads if data else 1)
     return Options(xp, activation, eps, scale, given, call.half, call.eager, lazy, function=call.function)
 
 

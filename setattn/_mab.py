@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan, spreads
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import over_chunks
@@ -108,14 +108,14 @@ def mab(
     check.context_mask(call, mask, y, "y")
     check.mask(call, "query_mask", query_mask, x.shape[:-1], "one entry for each element of x")
     check.pair_mask(call, pair_mask, x, y, "x and y")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, y, activation=activation, eps=eps, scale=scale, plan=plan)
 
     context = Context(y, mask, pair_mask)
     return evaluate(
         call,
         lambda p: apply_mab(Context(x, query_mask), context, p, o, query_residual),
         params,
-        spread=spreads(o.plan, o.xp, x, y),
+        o.plan.threads,
     )
 
 
@@ -175,10 +175,9 @@ def sab(
     width = check.data(call, "x", x)
     once(structure.mab, call, params, width, width, query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    spread = spreads(o.plan, o.xp, x)
-    return evaluate(call, lambda p: apply_sab(x, p, o, query_residual, mask), params, spread=spread)
+    return evaluate(call, lambda p: apply_sab(x, p, o, query_residual, mask), params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

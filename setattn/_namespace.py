@@ -80,6 +80,19 @@ class NumPy(Written):
         return np.add.reduce(x, axis=axis, keepdims=keepdims, dtype=dtype)
 
 
+class ThreadedNumPy(NumPy):
+    """NumPy's for a call on several threads, with products of BLAS on one each."""
+
+    def __init__(self, module: Namespace, threads: int) -> None:
+        super().__init__(module)
+        self.threads = threads
+
+
+@functools.lru_cache(maxsize=8)
+def _on_threads(xp: NumPy, threads: int) -> Namespace:
+    return ThreadedNumPy(xp._module, threads)
+
+
 class CuPy(Written):
     """CuPy's, as it is."""
 
@@ -131,16 +144,18 @@ class UnrecordedTorch(Torch):
 def _linear_by_onednn(torch: Namespace) -> Any:
     """Return PyTorch's operation for a linear map by oneDNN, as its compiler calls it, where that is of use.
 
-    It takes the kernels of the processor that it runs on. MKL, which PyTorch calls otherwise, takes those for AVX-512 on
-    Intel's processors alone.
+    It takes the kernels of the processor that it runs on. MKL, which PyTorch calls otherwise, takes those for AVX-512
+    on Intel's processors alone.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def unrecorded(xp: Namespace) -> Namespace:
-    """Return the namespace to compute in: PyTorch's other one, where it does nothing but compute."""
+def to_compute_in(xp: Namespace, threads: int) -> Namespace:
+    """Return the namespace to compute in: NumPy's for threads, and PyTorch's other one, where it only computes."""
+    if isinstance(xp, NumPy):
+        return xp if threads == 1 else _on_threads(xp, threads)
     if not isinstance(xp, Torch) or xp.is_compiling():
         return xp
     torch = sys.modules["torch"]

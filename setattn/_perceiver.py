@@ -6,7 +6,7 @@ from typing import Any
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._blocks import Plan, spreads
+from setattn._blocks import Plan
 from setattn._call import Call, begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets
@@ -96,13 +96,13 @@ def perceiver(
     check.switch(call.function, "query_residual", query_residual)
     structure.perceiver(call, "params", params, inputs, depth, query_residual=query_residual)
     check.mask(call, "mask", mask, _set_shape(inputs, params), "one entry for each element of inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, inputs, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Perceiver) -> Array:
         z = _perceiver(embedded(inputs, mask, p.input), p, o, depth, query_residual)
         return head(z, p.head, o)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, inputs))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 def perceiver_io(
@@ -187,7 +187,7 @@ def perceiver_io(
     if queries is not None:
         check.same_batch(call, "queries", queries, inputs, 1 + len(inputs.shape) - len(sets))
     check.mask(call, "mask", mask, sets, "one entry for each element of inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, inputs, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: PerceiverIO) -> Array:
         y = embedded(inputs, mask, p.encoder.input)
@@ -196,7 +196,7 @@ def perceiver_io(
         q = learned if queries is None else Context(queries)
         return cross_attend(q, Context(z), (p.decoder, p.output), o, decoder_residual)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, inputs))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

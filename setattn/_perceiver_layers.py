@@ -5,7 +5,7 @@ from __future__ import annotations
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend, by_queries
-from setattn._blocks import Block, Plan, spreads
+from setattn._blocks import Block, Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context, ready
 from setattn._dask import of_sets, over_chunks
@@ -87,11 +87,10 @@ def cross_attention(
     once(structure.cross_attention, call, params, of_z, of_y, query_residual=query_residual)
     check.same_batch(call, "latents", latents, inputs)
     check.context_mask(call, mask, inputs, "inputs")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, latents, inputs, activation=activation, eps=eps, scale=scale, plan=plan)
 
     z, y = Context(latents), Context(inputs, mask)
-    spread = spreads(o.plan, o.xp, latents, inputs)
-    return evaluate(call, lambda p: cross_attend(z, y, (p, ()), o, query_residual), params, spread=spread)
+    return evaluate(call, lambda p: cross_attend(z, y, (p, ()), o, query_residual), params, o.plan.threads)
 
 
 def latent_transformer(
@@ -147,13 +146,13 @@ def latent_transformer(
     """
     call = begin("latent_transformer", "latents", latents, by_chunks=True)
     once(structure.latent_transformer, call, params, check.data(call, "latents", latents, "m, dim"))
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, latents, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(params: tuple[SelfAttention, ...]) -> Array:
         # A result never shares memory with an argument, even where there is nothing to do.
         return of_sets(transform, latents, params, o) if params else call.xp.astype(latents, latents.dtype, copy=True)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, latents))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 from setattn import _check as check
 from setattn import _structure as structure
 from setattn._attend import attend
-from setattn._blocks import Block, Plan, by_rows, spreads
+from setattn._blocks import Block, Plan, by_rows
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets, outright, over_chunks, whole_sets
@@ -107,7 +107,7 @@ def perceiver_resampler(
     call = begin("perceiver_resampler", "features", features, by_chunks=True)
     structure.perceiver_resampler(call, "params", params, features)
     check.mask(call, "mask", mask, features.shape[:-1], "one entry for each feature")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, features, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(p: Resampler) -> Array:
         before, own = outright(p._replace(layers=(), output=(), output_norm=()), features, o)
@@ -118,7 +118,7 @@ def perceiver_resampler(
             z = _resample(Context(z), y, layer, o)
         return of_sets(norm, of_sets(affine, z, p.output, o), p.output_norm, o)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, features))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
@@ -148,12 +148,15 @@ def _shared_norm(p: Resampler, x: Array, o: Options) -> AnyNorm:
     Where the features are held for all layers anyway, and scale and bias become a part of the projections. The mean is
     one of the features before it, and in the chunks of a lazy array each layer has its own.
     """
-    n = x.shape[-2] if is_absent(p.frame_embedding) else math.prod(x.shape[-3:-1])
-    kinds = {type(layer.context_norm) for layer in p.layers}
-    maps = [(layer.attention.key, layer.attention.value) for layer in p.layers]
-    if o.lazy or not _is_embedded(p) or not is_absent(p.mean_latents) or len(kinds) > 1:
+    if o.lazy or not _is_embedded(p) or not is_absent(p.mean_latents):
         return ()
-    return kinds.pop()() if kinds <= set(NORMS) and all(folds(m, n) for m in maps) else ()
+    n = x.shape[-2] if is_absent(p.frame_embedding) else math.prod(x.shape[-3:-1])
+    norms = [layer.context_norm for layer in p.layers]
+    foldable = [folds((layer.attention.key, layer.attention.value), n) for layer in p.layers]
+    for kind in NORMS:
+        if all(foldable) and all(isinstance(own, kind) and not is_absent(own.scale) for own in norms):
+            return kind()
+    return ()
 
 
 def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options, last: AnyNorm) -> Context:
@@ -164,7 +167,7 @@ def _flatten(x: Array, mask: Array | None, p: Resampler, o: Options, last: AnyNo
         *batch, count, n, dim = x.shape
         x = o.xp.reshape(x, (*batch, count * n, dim))
         mask = None if mask is None else o.xp.reshape(mask, (*batch, count * n))
-    return Context(x, mask, normalised=not is_absent(last))
+    return Context(x, mask, normalised=last)
 
 
 def _embedded(x: Array, mask: Array | None, p: Resampler, o: Options, last: AnyNorm) -> Array:

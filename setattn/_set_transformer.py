@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setattn import _check as check
 from setattn import _structure as structure
-from setattn._blocks import Plan, spreads
+from setattn._blocks import Plan
 from setattn._call import begin, evaluate
 from setattn._context import Context
 from setattn._dask import of_sets, over_chunks
@@ -70,10 +70,9 @@ def isab(
     check.switch(call.function, "query_residual", query_residual)
     once(structure.isab, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    spread = spreads(o.plan, o.xp, x)
-    return evaluate(call, lambda p: _isab(x, p, o, query_residual, mask), params, spread=spread)
+    return evaluate(call, lambda p: _isab(x, p, o, query_residual, mask), params, o.plan.threads)
 
 
 def pma(
@@ -132,10 +131,9 @@ def pma(
     check.switch(call.function, "query_residual", query_residual)
     once(structure.pma, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, activation=activation, eps=eps, scale=scale, plan=plan)
 
-    spread = spreads(o.plan, o.xp, x)
-    return evaluate(call, lambda p: _pma(x, p, o, query_residual, mask), params, spread=spread)
+    return evaluate(call, lambda p: _pma(x, p, o, query_residual, mask), params, o.plan.threads)
 
 
 def set_transformer(
@@ -195,7 +193,7 @@ def set_transformer(
     check.switch(call.function, "query_residual", query_residual)
     once(structure.set_transformer, call, params, check.data(call, "x", x), query_residual=query_residual)
     check.context_mask(call, mask, x, "x")
-    o = options(call, activation=activation, eps=eps, scale=scale, plan=plan)
+    o = options(call, x, activation=activation, eps=eps, scale=scale, plan=plan)
 
     def body(params: SetTransformer) -> Array:
         h = x
@@ -206,7 +204,7 @@ def set_transformer(
                 h = apply_sab(h, block, o, query_residual, mask)
         return decode(_pma(h, params.pma, o, query_residual, mask), params, o, query_residual)
 
-    return evaluate(call, body, params, spread=spreads(o.plan, o.xp, x))
+    return evaluate(call, body, params, o.plan.threads)
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------

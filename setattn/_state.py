@@ -194,9 +194,7 @@ def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> 
     return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_heads(o.xp))
 
 
-def queries(
-    query: Array, projected: Array | None, context: Context, p: Attention, order: Order, o: Options
-) -> Queries:
+def queries(query: Array, projected: Array | None, context: Context, p: Attention, order: Order, o: Options) -> Queries:
     """Bring queries ``(..., m, dim)`` into the form that an order of products wants, projected unless they are it."""
     scale = 1.0 / math.sqrt(p.key.weight.shape[-1]) if o.scale is None else o.scale
     if order.scores == "carry_keys":

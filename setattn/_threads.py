@@ -26,9 +26,14 @@ def has_threads() -> bool:
     return importlib.util.find_spec("threadpoolctl") is not None
 
 
+def on_a_thread() -> bool:
+    """Say whether this is one of the threads that blocks are spread over."""
+    return getattr(_here, "working", False)
+
+
 def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterator[U]:
     """Yield ``function(item)`` for all items in their order; a block does not spread its own blocks over threads."""
-    if threads == 1 or len(items) < 2 or getattr(_here, "working", False):
+    if threads == 1 or len(items) < 2 or on_a_thread():
         yield from map(function, items)
         return
 
