@@ -14,6 +14,7 @@ from setattn._params import Attention, LengthScale, Linear
 from setattn._state import (
     Queries,
     State,
+    as_they_come,
     attend_at_once,
     finish,
     make_state,
@@ -41,8 +42,8 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
         log_n = log_length_of(query, contexts, p, o)
         context, p = _folded(contexts[0], p, o)
         order = ways[0].order
-        q = queries(query, projected_queries(query, p, [order], o, log_n), context, p, order, o)
-        return attend_at_once(q, ready(context, o), p, o)
+        q = query if as_they_come(order) else projected_queries(query, p, o, log_n)
+        return attend_at_once(queries(q, context, p, order, o), ready(context, o), p, o)
     return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
@@ -109,8 +110,14 @@ def _asked_by(
     query: Array, attended: Sequence[_Attended], p: Attention, o: Options, log_n: Array | None
 ) -> list[_Attended]:
     """Make the queries to each context, of one projection for all."""
-    projected = projected_queries(query, p, [a.way.order for a in attended], o, log_n)
-    return [a._replace(queries=queries(query, projected, a.context, a.p, a.way.order, o)) for a in attended]
+    projected, made = None, []
+    for context, own, way, _ in attended:
+        if as_they_come(way.order):
+            asking = query
+        else:
+            asking = projected = projected_queries(query, p, o, log_n) if projected is None else projected
+        made.append(_Attended(context, own, way, queries(asking, context, own, way.order, o)))
+    return made
 
 
 def _state_of_sets(query: Array, attended: Sequence[_Attended], p: Attention, o: Options) -> State:
@@ -186,7 +193,8 @@ def by_queries(
     dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)
     m, width, n = x.shape[-2], max(x.shape[-1], dim, heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
-    size = rows_in_a_block(o.plan, x, numbers, o.xp)
-    if size is not None and n <= size < m and n <= _SHORT:
-        y = ready(y, o)
+    if n < m and n <= _SHORT:
+        size = rows_in_a_block(o.plan, x, numbers, o.xp)
+        if size is not None and n <= size < m:
+            y = ready(y, o)
     return by_rows(lambda rows, block: function(rows, y.seen_by(block), block), x, numbers, o.plan, o.xp)

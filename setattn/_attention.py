@@ -12,7 +12,16 @@ from setattn._call import Call, begin, evaluate
 from setattn._context import Context, ready
 from setattn._layers import Options, enter, options, select
 from setattn._params import Attention
-from setattn._state import head_counts, order_of, projected_queries, queries, sizes_of, softmax_weights, ungroup
+from setattn._state import (
+    as_they_come,
+    head_counts,
+    order_of,
+    projected_queries,
+    queries,
+    sizes_of,
+    softmax_weights,
+    ungroup,
+)
 from setattn._typing import Array
 
 
@@ -167,8 +176,8 @@ def attention_weights(
     def body(params: Attention) -> Array:
         q, y = enter(query, None, o), ready(Context(context, mask, pair_mask, bias), o)
         order = order_of(sizes_of(q, y, params), params, o)
-        projected = projected_queries(q, params, [order], o, log_length_of(q, [y], params, o))
-        of_queries = queries(q, projected, y, params, order, o)
+        asking = q if as_they_come(order) else projected_queries(q, params, o, log_length_of(q, [y], params, o))
+        of_queries = queries(asking, y, params, order, o)
         w = ungroup(softmax_weights(of_queries, y, params, o), head_counts(q, params)[0], q.shape[-2], o.xp)
         return w if y.poisoned is None else o.xp.where(y.poisoned[..., None, :, None], math.nan, w)
 

@@ -44,7 +44,8 @@ def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
         return _linear_on_cpu(a, b, c, xp)
     if isinstance(xp, Torch):
         return xp.linear(a, b.mT, c)
-    return into("add", matmul(a, b, xp), c, xp)
+    product = _on_threads(a, b, xp) if isinstance(xp, ThreadedNumPy) else xp.matmul(a, b)
+    return into("add", product, c, xp)
 
 
 def _on_threads(a: Array, b: Array, xp: Namespace) -> Array:

@@ -8,7 +8,6 @@ the largest score, the sum of the exponentials and the weighted sum of the value
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from setattn._context import Context, mark
@@ -194,14 +193,17 @@ def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> 
     return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_heads(o.xp))
 
 
-def queries(query: Array, projected: Array | None, context: Context, p: Attention, order: Order, o: Options) -> Queries:
-    """Bring queries ``(..., m, dim)`` into the form that an order of products wants, projected unless they are it."""
+def as_they_come(order: Order) -> bool:
+    """Say whether queries are wanted without being projected: the keys are carried to them."""
+    return order.scores == "carry_keys"
+
+
+def queries(q: Array, context: Context, p: Attention, order: Order, o: Options) -> Queries:
+    """Bring queries, projected to ``(..., kv_heads, rows, width)`` or as they come, into the form of an order."""
     scale = 1.0 / math.sqrt(p.key.weight.shape[-1]) if o.scale is None else o.scale
-    if order.scores == "carry_keys":
-        return Queries(query, order, scale=scale)
-    assert projected is not None
-    q = projected
-    if order.scores == "project" and o.eager and query.shape[-2] > context.elements.shape[-2]:
+    if as_they_come(order):
+        return Queries(q, order, scale=scale)
+    if order.scores == "project" and o.eager and q.shape[-2] > context.elements.shape[-2]:
         return Queries(q, order, scale=scale)
     q = q * scale
     if order.scores == "project":
@@ -330,16 +332,11 @@ def head_counts(query: Array, p: Attention) -> tuple[int, int]:
     return (p.query.weight.shape[1] if isinstance(p.query, Linear) else query.shape[-1] // head_dim), kv_heads
 
 
-def projected_queries(
-    query: Array, p: Attention, orders: Sequence[Order], o: Options, log_n: Array | None
-) -> Array | None:
+def projected_queries(query: Array, p: Attention, o: Options, log_n: Array | None) -> Array:
     """Project, normalise and scale queries, and lay each group of heads that shares keys along the query axis.
 
-    There is nothing to project where all orders carry the keys to the queries. ``log_n`` is the
-    :func:`~setattn._context.log_length` of all that they attend to, needed for a ``length_scale``.
+    ``log_n`` is the :func:`~setattn._context.log_length` of all that they attend to, needed for a ``length_scale``.
     """
-    if all(order.scores == "carry_keys" for order in orders):
-        return None
     xp, (heads, kv_heads) = o.xp, head_counts(query, p)
     m, head_dim = query.shape[-2], p.key.weight.shape[-1]
     if isinstance(p.query, Linear):

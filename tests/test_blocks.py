@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from unittest import mock
 
@@ -378,12 +380,76 @@ def test_threads_of_the_products_come_back():
     assert threads() == before
 
     barrier = threading.Barrier(4)
-    callers = [threading.Thread(target=lambda: list(_threads.run(work, ["a", "b"], 2))) for _ in range(2)]
+    # Calls on as many threads have the same ones.
+    callers = [threading.Thread(target=lambda n=n: list(_threads.run(work, ["a", "b"], n))) for n in (2, 3)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
     assert threads() == before
+
+
+def test_threads_are_kept():
+    """Every call on two threads has the same two."""
+    pytest.importorskip("threadpoolctl")
+    found = {ident for _ in range(5) for ident in _threads.run(lambda _: threading.get_ident(), range(8), 2)}
+    assert len(found) <= 2
+    assert threading.get_ident() not in found
+
+
+def test_nothing_goes_on_after_an_error():
+    """Blocks that have begun are waited for, and no other one begins."""
+    pytest.importorskip("threadpoolctl")
+    begun, ended = [], []
+
+    def work(item):
+        begun.append(item)
+        if item == 0:
+            raise ArithmeticError
+        time.sleep(0.05)
+        ended.append(item)
+
+    with pytest.raises(ArithmeticError):
+        list(_threads.run(work, range(20), 2))
+    assert len(ended) == len(begun) - 1
+    here = len(begun)
+    time.sleep(0.1)
+    assert here == len(begun) < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_was_forked_has_threads_of_its_own():
+    """Those that the first process keeps are not there."""
+    pytest.importorskip("threadpoolctl")
+    assert list(_threads.run(abs, [-1, -2], 2)) == [1, 2]
+    child = multiprocessing.get_context("fork").Process(target=lambda: list(_threads.run(abs, [-1, -2], 2)))
+    child.start()
+    child.join(60)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+
+
+def test_a_large_product_goes_to_threads():
+    """Outside of blocks, its columns are spread: by parts that do not depend on how many threads there are."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    params = setattn.init_cross_attention(256, 16, num_heads=4, head_dim=16, hidden=1024, rng=0)
+    z, y = normal(128, 256), normal(60_000, 16)  # of 2**25 multiplications for each layer of the network
+    spread, product = set(), _kernels._on_threads
+
+    def spy(a, b, xp):
+        out = product(a, b, xp)
+        spread.add((b.shape, bool(np.allclose(out, a @ b, atol=1e-4))))
+        return out
+
+    with threadpoolctl.threadpool_limits(1, "blas"), mock.patch.object(_kernels, "_on_threads", spy):
+        one = setattn.cross_attention(z, y, params)
+        assert not spread
+        two, three = (setattn.cross_attention(z, y, params, plan=Plan(threads=n)) for n in (2, 3))
+    assert {((256, 1024), True), ((1024, 256), True)} <= spread
+    np.testing.assert_array_equal(two, three)
+    np.testing.assert_allclose(two, one, atol=1e-5)
 
 
 def test_products_stay_on_one_thread_for_the_whole_call(monkeypatch):
