@@ -24,16 +24,21 @@ from benchmarks.problem import Problem, is_absent
 
 
 class Product(NamedTuple):
-    """Products of matrices of one shape, ``rows x inner`` with ``inner x columns``, as many as ``batch``."""
+    """Products of matrices of one shape, ``rows x inner`` with ``inner x columns``: ``batch`` of them for each set.
+
+    Where the second matrices are ``weights``, all sets have the same ones.
+    """
 
     rows: int
     inner: int
     columns: int
     batch: int = 1
+    sets: int = 1
+    weights: bool = False
 
     @property
     def multiplications(self) -> int:
-        return math.prod(self)
+        return math.prod(self[:5])
 
 
 Orders = tuple[tuple[Product, ...], ...]
@@ -149,13 +154,15 @@ class _Counting:
     def maps(self, rows: int, tree: Any, sets: int | None = None) -> None:
         """Count linear layers that every row goes through, and the activation between them."""
         if isinstance(tree, setattn.Linear):
-            inner = tree.weight.shape[0]
-            rows *= self.sets if sets is None else sets
-            self.products.append(((Product(rows, inner, tree.weight.size // inner),),))
+            self.products.append(((self._map(rows, tree.weight.shape[0], tree.weight.size, sets),),))
         elif not is_absent(tree):
             for part in tree:
                 self.maps(rows, part, sets)
             self.numbers[self.activation] += self.sets * rows * tree.hidden.weight.shape[-1]
+
+    def _map(self, rows: int, inner: int, size: int, sets: int | None = None) -> Product:
+        """Return the product of the rows of all sets with one matrix of weights."""
+        return Product(rows, inner, size // inner, sets=self.sets if sets is None else sets, weights=True)
 
     @staticmethod
     def _width(p: setattn.Attention) -> int:
@@ -167,27 +174,30 @@ class _Counting:
         heads, sets = p.output.weight.shape[0] if p.output else kv_heads, self.sets
         grouped = m * heads // kv_heads
         self.maps(m, p.query, asking)
-        keys = Product(sets * n, dim, kv_heads * head_dim)
+        keys = self._map(n, dim, p.key.weight.size)
         scores = [
-            (keys, Product(grouped, head_dim, n, sets * kv_heads)),
-            (Product(asking * grouped, head_dim, dim, kv_heads), Product(heads * m, dim, n, sets)),
+            (keys, Product(grouped, head_dim, n, kv_heads, sets)),
+            (Product(grouped, head_dim, dim, kv_heads, asking, weights=True), Product(heads * m, dim, n, sets=sets)),
         ]
         if p.query and heads == kv_heads:  # the projected keys are carried to the queries, which are not projected
             dim_query = p.query.weight.shape[0]
-            carried = Product(sets * n, head_dim, dim_query, heads), Product(heads * n, dim_query, m, sets)
+            carried = (
+                Product(n, head_dim, dim_query, heads, sets, weights=True),
+                Product(heads * n, dim_query, m, sets=sets),
+            )
             made = self.products.pop()[0]
             scores = [*((*made, *order) for order in scores), (keys, *carried)]
         self.products.append(tuple(scores))
-        values = Product(sets * n, dim, kv_heads * value_dim)
-        last = (Product(sets * m, heads * value_dim, p.output.weight.shape[-1]),) if p.output else ()
+        values = self._map(n, dim, p.value.weight.size)
+        last = (self._map(m, heads * value_dim, p.output.weight.size),) if p.output else ()
         sums = [
-            (values, Product(grouped, n, value_dim, sets * kv_heads), *last),
-            (Product(heads * m, n, dim, sets), Product(sets * m, dim, value_dim, heads), *last),
+            (values, Product(grouped, n, value_dim, kv_heads, sets), *last),
+            (Product(heads * m, n, dim, sets=sets), Product(m, dim, value_dim, heads, sets, weights=True), *last),
         ]
         if p.output and heads == kv_heads:  # the values are carried through the output projection
             dim_out = p.output.weight.shape[-1]
-            carried = Product(sets * n, value_dim, dim_out, heads), Product(m, heads * n, dim_out, sets)
-            sums.append((values, *carried))
+            carried = Product(n, value_dim, dim_out, heads, sets, weights=True)
+            sums.append((values, carried, Product(m, heads * n, dim_out, sets=sets)))
         self.products.append(tuple(sums))
         self.numbers["score"] += sets * heads * m * n
 

@@ -193,7 +193,7 @@ def by_queries(
     dim, heads = p.query.weight.shape[:2] if isinstance(p.query, Linear) else (x.shape[-1], kv_heads)
     m, width, n = x.shape[-2], max(x.shape[-1], dim, heads * head_dim), y.elements.shape[-2]
     numbers = 4 * width + 3 * heads * n if n <= _SHORT else width + 3 * heads * _SHORT
-    if n < m and n <= _SHORT:
+    if o.eager and n < m and n <= _SHORT:  # sizes may be symbols, of which nothing should be asked, where it is not
         size = rows_in_a_block(o.plan, x, numbers, o.xp)
         if size is not None and n <= size < m:
             y = ready(y, o)

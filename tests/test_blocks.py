@@ -418,7 +418,7 @@ def test_nothing_goes_on_after_an_error():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*fork:RuntimeWarning")
 def test_a_process_that_was_forked_has_threads_of_its_own():
     """Those that the first process keeps are not there."""
     pytest.importorskip("threadpoolctl")

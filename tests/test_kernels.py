@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import setattn
 from setattn import Plan, _kernels, _layers
-from setattn._namespace import namespace_of
+from setattn._namespace import namespace_of, to_compute_in
 
 XP = namespace_of(np.zeros(1))
 
@@ -139,6 +139,120 @@ def test_the_kernel_inside_vmap(backend, fused, name):
     out = backend.xp.func.vmap(case.call, in_dims=axes)(arrays, params, masks)
     tolerances.assert_close(out, value, bound, f"{case.function} float32")
     assert set(fused) <= {None}
+
+
+# --- linear maps by oneDNN -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """Take oneDNN for products of any size, and collect the shapes of what it multiplies."""
+    torch = pytest.importorskip("torch")
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    shapes, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def spy(a, weight, *rest):
+        shapes.append((tuple(a.shape), tuple(weight.shape)))
+        return product(a, weight, *rest)
+
+    with torch.no_grad():  # where alone there is this namespace
+        monkeypatch.setattr(to_compute_in(namespace_of(torch.zeros(1)), 1), "linear_on_cpu", spy)
+    monkeypatch.setattr(_kernels, "_LARGE", 1)
+    return shapes
+
+
+@on_torch
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_onednn_has_the_values_of_the_reference(backend, by_onednn, name):
+    """Every case, whatever its masks, is within its bound."""
+    case, value, bound = cases.expected(name, "float32")
+    with backend.xp.no_grad():
+        tolerances.assert_close(case.on(backend, "float32"), value, bound, f"{case.function} by oneDNN")
+    assert bool(by_onednn) == (case.params is not None)
+
+
+@on_torch
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of PyTorch's own jvp
+def test_onednn_is_taken_where_nothing_but_numbers_is_wanted(backend, by_onednn, monkeypatch):
+    """For float32, and neither where something is recorded, traced or transformed, nor where oneDNN is switched off."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch = backend.xp
+    params = setattn.convert_params(setattn.init_mab(8, num_heads=2, rng=0), torch)
+    x = torch.linspace(-1, 1, 3 * 5 * 8).reshape(3, 5, 8)
+
+    def used(function):
+        by_onednn.clear()
+        function()
+        return bool(by_onednn)
+
+    def sab(x, params=params):
+        return setattn.sab(x, params)
+
+    assert not used(lambda: sab(x))
+    with torch.no_grad():
+        assert used(lambda: sab(x))
+        assert used(lambda: sab(x[:1]))
+        assert used(lambda: sab(x[0]))
+        wide = setattn.convert_params(params, torch, dtype=torch.float64)
+        assert not used(lambda: sab(x.double(), wide))
+        assert used(lambda: sab(x.bfloat16(), setattn.convert_params(params, torch, dtype=torch.bfloat16)))
+        assert not used(lambda: torch.func.vmap(sab)(x))
+        assert not used(lambda: torch.func.jvp(sab, (x,), (x,)))
+        with torch.autograd.forward_ad.dual_level():
+            assert not used(lambda: sab(torch.autograd.forward_ad.make_dual(x, x)))
+        with FlopCounterMode(display=False) as counter:
+            assert not used(lambda: sab(x))
+        assert counter.get_total_flops() > 0
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert not used(lambda: sab(x))
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    with torch.inference_mode():
+        assert used(lambda: sab(x))
+
+
+@on_torch
+def test_onednn_keeps_what_is_no_number_in_its_row(backend, by_onednn):
+    """A NaN or an infinity of one row leaves no trace in another one, and is none where it should be seen."""
+    torch = backend.xp
+    x = torch.linspace(-1, 1, 33 * 40).reshape(33, 40)
+    broken = x.clone()
+    broken[3, 5], broken[17, 0] = math.nan, math.inf
+    p = setattn.convert_params(setattn.init_linear(40, 24, rng=0), torch)
+    with torch.no_grad():
+        xp = to_compute_in(namespace_of(x), 1)
+        whole, out = (_layers.linear(a, p, xp) for a in (x, broken))
+    rest = [i for i in range(33) if i not in (3, 17)]
+    assert by_onednn
+    assert torch.equal(out[rest], whole[rest])
+    assert out[3].isnan().all()
+    assert torch.equal(out[17], broken[17] @ p.weight + p.bias)
+
+
+@on_torch
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of PyTorch's own jvp
+@pytest.mark.parametrize("name", ["isab", "perceiver_resampler", "attention"])
+def test_forward_derivatives_where_no_gradient_is_recorded(backend, by_onednn, name):
+    """They are those that are had with gradients: no kernel leaves a tangent behind."""
+    torch = backend.xp
+    case, _, _ = cases.expected(name, "float32")
+    arrays, params, masks = case.trees(backend, "float32")
+
+    def call(*arrays):
+        return case.call(arrays, params, masks)
+
+    tangents = tuple(3 * a.cos() for a in arrays)
+    wanted = torch.func.jvp(call, tuple(arrays), tangents)[1]
+    forward = torch.autograd.forward_ad
+    with torch.no_grad():
+        found = torch.func.jvp(call, tuple(arrays), tangents)[1]
+        with forward.dual_level():
+            duals = [forward.make_dual(a, t) for a, t in zip(arrays, tangents, strict=True)]
+            dual = forward.unpack_dual(call(*duals)).tangent
+    assert wanted.abs().max() > 0.01
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(dual, wanted, atol=1e-5)
 
 
 @on_torch

@@ -642,7 +642,9 @@ class Parts:
         edges = [0, *self.cuts, self.case.size]
         whole = Context(y, *map(self.case.masks.get, ("mask", "pair_mask")))
         log_n = None if is_absent(self.case.params.length_scale) else log_length(query, [whole], self.o.xp)
-        q = _state.queries(query, Context(y), self.case.params, self.order, self.o, log_n)
+        if not _state.as_they_come(self.order):
+            query = _state.projected_queries(query, self.case.params, self.o, log_n)
+        q = _state.queries(query, Context(y), self.case.params, self.order, self.o)
         made = []
         for start, stop in itertools.pairwise(edges):
             masks = [None if m is None else m[..., start:stop] for m in map(self.case.masks.get, ("mask", "pair_mask"))]
