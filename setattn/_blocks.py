@@ -33,8 +33,9 @@ class Plan(NamedTuple):
         unless a size is given here, but for ``jax.jit`` on one CPU device, where blocks are a loop.
     threads : int, default 1
         How many blocks are worked through at the same time, where the library is NumPy and the data are more than a
-        few MiB or a block, with all products of the call on one thread each; needs the package threadpoolctl. The
-        result is the same for any number above 1. Other libraries have threads of their own and ignore it.
+        few MiB or a block, with all products of the call on one thread each; large products outside of blocks are
+        spread over them, too. Needs the package threadpoolctl. The result is the same for any number above 1. Other
+        libraries have threads of their own and ignore it.
     recompute : bool, default False
         Whether the chunks of Dask arrays are read or generated anew each time that a block goes through a set, rather
         than held from one pass to the next. Where a set is larger than the memory of all workers, that is what keeps

@@ -89,7 +89,7 @@ class ThreadedNumPy(NumPy):
 
 
 @functools.lru_cache(maxsize=8)
-def _on_threads(xp: NumPy, threads: int) -> Namespace:
+def _for_threads(xp: NumPy, threads: int) -> Namespace:
     return ThreadedNumPy(xp._module, threads)
 
 
@@ -155,7 +155,7 @@ def _linear_by_onednn(torch: Namespace) -> Any:
 def to_compute_in(xp: Namespace, threads: int) -> Namespace:
     """Return the namespace to compute in: NumPy's for threads, and PyTorch's other one, where it only computes."""
     if isinstance(xp, NumPy):
-        return xp if threads == 1 else _on_threads(xp, threads)
+        return xp if threads == 1 else _for_threads(xp, threads)
     if not isinstance(xp, Torch) or xp.is_compiling():
         return xp
     torch = sys.modules["torch"]

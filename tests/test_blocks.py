@@ -134,12 +134,13 @@ def test_a_lost_block_is_noticed():
 
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_an_axis_is_cut_into_nearly_equal_parts(size, most):
-    """The parts follow one another, are of at most the wanted size, and differ by one at most."""
+    """The parts follow one another, are of at most the wanted size, differ by one at most, and two threads share them."""
     parts = _blocks.cut(size, most)
     assert [i for part in parts for i in range(size)[part]] == list(range(size))
     lengths = [part.stop - part.start for part in parts]
     assert max(lengths) <= most
     assert max(lengths) - min(lengths) <= 1
+    assert len(parts) == 1 or len(parts) % 2 == 0 or len(parts) == size
 
 
 @given(st.integers(1, 300))

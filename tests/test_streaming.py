@@ -208,6 +208,33 @@ def test_a_function_is_as_good_as_its_name(pma):
     tolerances.assert_close(streaming.finish(state), setattn.pma(x, params), 0, "one chunk")
 
 
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("recorded", [(False, True), (True, False), (False, False), (True, True)])
+def test_whether_gradients_are_recorded_is_asked_at_each_step(backend, recorded):
+    """A stream of PyTorch that was begun where none are recorded has them where they are, and the other way round."""
+    torch, (at_first, later) = backend.xp, recorded
+    params = setattn.convert_params(setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0), torch)
+    x = torch.linspace(-1, 1, 2 * 40 * 8).reshape(2, 40, 8)
+
+    def folded(x, mode):
+        state = begun
+        with torch.set_grad_enabled(mode):
+            for chunk in (x[:, :11], x[:, 11:]):
+                state = streaming.update(state, chunk)
+            return streaming.rows(streaming.advance(state), x)[1]
+
+    with torch.set_grad_enabled(at_first):
+        begun = streaming.create("isab", params, batch=(2,))
+    mine, whole = (x.clone().requires_grad_() for _ in range(2))
+    out, wanted = folded(mine, later), setattn.isab(whole, params)
+    assert torch.allclose(out, wanted, atol=1e-5)
+    assert out.requires_grad == later
+    if later:
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        assert torch.allclose(mine.grad, whole.grad, atol=1e-4)
+
+
 def test_lengths_are_asked_for():
     case = cases.make("isab-length")
     with pytest.raises(setattn.OptionError, match="length' is not given; wanted how many elements"):

@@ -12,6 +12,7 @@ from setattn._kernels import ignore_underflow
 from setattn._typing import Array
 from setattn.streaming._stream import (
     State,
+    as_of_now,
     check_same_stream,
     create_for,
     has_seen_all,
@@ -132,6 +133,7 @@ def update(state: State, chunk: Array, /, *, mask: Array | None = None) -> State
     5
     """
     is_state("update", "state", state)
+    state = as_of_now(state)
     if state._pass is None:
         raise OptionError("update", "state", "in the pass through the rows", "rows() in place of update()")
     n = check_chunk(state._work, chunk, mask, state.chunks, state.first + state.elements)
@@ -218,6 +220,7 @@ def advance(state: State, /) -> State:
     <setattn.streaming.State set_transformer, batch (), pass 3 of 3: 0 elements in 0 chunks>
     """
     is_state("advance", "state", state)
+    state = as_of_now(state)
     if state.current_pass + 1 >= state.passes:
         raise OptionError(
             "advance", "state", f"in pass {state.passes} of {state.passes}", "one in a pass before the last"
@@ -258,6 +261,7 @@ def finish(state: State, /) -> Array:
     True
     """
     is_state("finish", "state", state)
+    state = as_of_now(state)
     now, last = state.current_pass + 1, len(state._work.passes.attentions)
     if last == 0:
         raise OptionError("finish", "state", "one of rows that attend to a context", "the rows themselves: see rows()")
@@ -305,6 +309,7 @@ def rows(state: State, chunk: Array, /, *, mask: Array | None = None) -> tuple[S
     True
     """
     is_state("rows", "state", state)
+    state = as_of_now(state)
     function = state._work.passes.rows
     if state._pass is not None or function is None:
         now = f"in pass {state.current_pass + 1} of {state.passes} of {state.function}"

@@ -11,6 +11,7 @@ from setattn._attend import part_of_attention
 from setattn._blocks import Levels, total
 from setattn._context import Context
 from setattn._errors import OptionError, ParameterError, ShapeError
+from setattn._namespace import to_compute_in
 from setattn._state import State as Part
 from setattn._state import finish, merge_states, output
 from setattn._typing import Array
@@ -110,6 +111,16 @@ def create_for(
 
 
 # --- the mathematics ------------------------------------------------------------------------------------------------
+
+
+def as_of_now(state: State) -> State:
+    """Return a state that computes as is wanted now: PyTorch may record at one time what it did not at another."""
+    work = state._work
+    if work.o.xp is to_compute_in(work.call.xp, 1):
+        return state
+    beside = Beside(state.queries, state.context, state.context_mask)
+    work = work_of("create", state.function, state.params, beside, state.batch, state.options)
+    return in_pass(replace(state, _work=work), state.found)
 
 
 def in_pass(state: State, found: tuple[Array, ...]) -> State:
