@@ -161,7 +161,10 @@ def to_compute_in(xp: Namespace, threads: int) -> Namespace:
     torch = sys.modules["torch"]
     if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
         return xp
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    try:
+        if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+            return xp
+    except AttributeError:  # of a version that does not tell
         return xp
     if "unrecorded" not in _adapted:
         _adapted["unrecorded"] = UnrecordedTorch(xp._module)

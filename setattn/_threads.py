@@ -7,6 +7,7 @@ import contextvars
 import functools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,10 +43,10 @@ def run(function: Callable[[T], U], items: Sequence[T], threads: int) -> Iterato
     with products_on_one_thread:
         pool = _workers(threads)
         # NumPy keeps its error state in the context.
-        futures = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
+        futures = deque(pool.submit(contextvars.copy_context().run, function, item) for item in items)
         try:
-            for future in futures:
-                yield future.result()
+            while futures:
+                yield futures.popleft().result()  # which is held no longer than it is wanted
         finally:  # after an error, too, nothing goes on in the background
             for future in futures:
                 future.cancel()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from unittest import mock
 
 import cases
@@ -134,7 +135,7 @@ def test_a_lost_block_is_noticed():
 
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_an_axis_is_cut_into_nearly_equal_parts(size, most):
-    """The parts follow one another, are of at most the wanted size, differ by one at most, and two threads share them."""
+    """The parts follow one another, are not too large, differ by one at most, and are shared by two threads."""
     parts = _blocks.cut(size, most)
     assert [i for part in parts for i in range(size)[part]] == list(range(size))
     lengths = [part.stop - part.start for part in parts]
@@ -396,6 +397,20 @@ def test_threads_are_kept():
     found = {ident for _ in range(5) for ident in _threads.run(lambda _: threading.get_ident(), range(8), 2)}
     assert len(found) <= 2
     assert threading.get_ident() not in found
+
+
+def test_results_are_held_until_they_are_wanted_and_no_longer():
+    """What a block gave is let go once it has been merged, and not at the end of all."""
+    pytest.importorskip("threadpoolctl")
+    results = _threads.run(lambda _: normal(3), range(10), 2)
+    first = weakref.ref(next(results))
+    next(results)
+    for _ in range(100):  # a thread may not have got around to forgetting what it made
+        if first() is None:
+            break
+        time.sleep(0.01)
+    assert first() is None
+    assert len(list(results)) == 8
 
 
 def test_nothing_goes_on_after_an_error():
