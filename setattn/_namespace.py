@@ -159,10 +159,11 @@ def to_compute_in(xp: Namespace, threads: int) -> Namespace:
     if not isinstance(xp, Torch) or xp.is_compiling():
         return xp
     torch = sys.modules["torch"]
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
         return xp
     try:
-        if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        forward, transformed = torch.autograd.forward_ad._current_level, torch._C._are_functorch_transforms_active()
+        if forward >= 0 or transformed or torch._C._len_torch_dispatch_stack():
             return xp
     except AttributeError:  # of a version that does not tell
         return xp

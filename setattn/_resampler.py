@@ -151,10 +151,11 @@ def _shared_norm(p: Resampler, x: Array, o: Options) -> AnyNorm:
     if o.lazy or not _is_embedded(p) or not is_absent(p.mean_latents):
         return ()
     n = x.shape[-2] if is_absent(p.frame_embedding) else math.prod(x.shape[-3:-1])
+    if not all(folds((layer.attention.key, layer.attention.value), n) for layer in p.layers):
+        return ()
     norms = [layer.context_norm for layer in p.layers]
-    foldable = [folds((layer.attention.key, layer.attention.value), n) for layer in p.layers]
     for kind in NORMS:
-        if all(foldable) and all(isinstance(own, kind) and not is_absent(own.scale) for own in norms):
+        if all(isinstance(own, kind) and not is_absent(own.scale) for own in norms):
             return kind()
     return ()
 
