@@ -16,7 +16,7 @@ from setattn._state import (
     State,
     as_they_come,
     attend_at_once,
-    finish,
+    finish_blocks,
     make_state,
     merge_blocks,
     merge_stacked,
@@ -44,7 +44,7 @@ def attend(query: Array, contexts: Sequence[Context], p: Attention, o: Options, 
         order = ways[0].order
         q = query if as_they_come(order) else projected_queries(query, p, o, log_n)
         return attend_at_once(queries(q, context, p, order, o), ready(context, o), p, o)
-    return output(finish(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
+    return output(finish_blocks(_state_of(query, contexts, ways, p, o), o.xp), query, p, o.xp)
 
 
 def part_of_attention(

@@ -79,8 +79,7 @@ def rows_in_a_block(plan: Plan, x: Array, numbers: int, xp: Namespace) -> int | 
 
 def sets_in_a_block(batch: Sequence[int], numbers: int, x: Array, xp: Namespace) -> tuple[int | None, int]:
     """Return the axis of the batch to cut, if any, and how much of it makes a block, with so many numbers for a set."""
-    budget = block_bytes(x, xp)
-    if budget is None or not batch or 0 in batch:
+    if not batch or (budget := block_bytes(x, xp)) is None or 0 in batch:
         return None, 0
     axis = max(range(len(batch)), key=lambda i: batch[i])
     most = max(1, budget // max(1, 4 * numbers * (math.prod(batch) // batch[axis])))

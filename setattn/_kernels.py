@@ -38,6 +38,41 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
     return xp.matmul(a, b, out=out.swapaxes(-3, -2))
 
 
+def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
+    """Multiply rows with rows, ``(..., m, d)`` and ``(..., n, d)`` to ``(..., m, n)``.
+
+    OpenBLAS lays the second matrix out anew, and XLA one with a batch that the first has not: it takes less time to
+    have the long rows first, and to turn the small result round.
+    """
+    shared = len(many.shape) > len(few.shape)
+    if isinstance(xp, NumPy):
+        m, d = few.shape[-2:]
+        if _FEW * m <= d and many.shape[-2] * d >= _LONG_ROWS:
+            return np.ascontiguousarray(xp.matmul(many, few.mT).mT)
+        return matmul(few, many.mT, xp)
+    if shared and isinstance(xp, JAX):
+        return xp.matrix_transpose(xp.matmul(many, xp.matrix_transpose(few)))
+    if shared and isinstance(xp, UnrecordedTorch) and _suits_onednn(many, few.mT, xp):
+        return _linear_on_cpu(many, few.mT, None, xp).mT.contiguous()
+    return matmul(few, xp.matrix_transpose(many), xp)
+
+
+_FEW = 8  # features for each row, from which on rows are few
+_LONG_ROWS = 2**16  # numbers, from which on they take longer than one more operation
+
+
+def transposed_heads(weight: Array, xp: Namespace) -> Array:
+    """Turn the weights ``(dim, heads, head_dim)`` of a projection to ``(heads, head_dim, dim)``, to go back through it.
+
+    XLA copies the heads apart. It takes a fourth of the time where it does not turn each of them as well, which its
+    products can do without.
+    """
+    if not isinstance(xp, JAX) or not isinstance(weight, xp.jax.core.Tracer):
+        return xp.permute_dims(weight, (1, 2, 0))
+    apart = xp.jax.lax.optimization_barrier(xp.permute_dims(weight, (1, 0, 2)))
+    return xp.matrix_transpose(apart)
+
+
 def matmul_add(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
     """Multiply arrays ``(..., n, k)`` by one matrix, and add a row: one operation where a library has one."""
     if isinstance(xp, UnrecordedTorch) and _suits_onednn(a, b, xp):
@@ -67,7 +102,7 @@ _PARTS, _COLUMNS = 4, 256
 _SPREAD = 2**24  # multiplications, from which on they take longer than to wake the threads
 
 
-_LARGE = 2**24  # multiplications, from which on a kernel is worth the time to generate it, once for each shape
+_LARGE = 2**23  # multiplications, from which on a kernel is worth the time to generate it, once for each shape
 
 
 def _suits_onednn(a: Array, b: Array, xp: Namespace) -> bool:

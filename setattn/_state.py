@@ -11,7 +11,19 @@ import math
 from typing import NamedTuple
 
 from setattn._context import Context, mark
-from setattn._kernels import at_least, exp_into, fused_attention, fuses, into, matmul, matmul_heads, row_max, row_sum
+from setattn._kernels import (
+    at_least,
+    exp_into,
+    fused_attention,
+    fuses,
+    into,
+    matmul,
+    matmul_heads,
+    matmul_rows,
+    row_max,
+    row_sum,
+    transposed_heads,
+)
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
 from setattn._memory import copies_heads, like_rows
 from setattn._namespace import largest_number
@@ -32,11 +44,18 @@ class Queries(NamedTuple):
 class State(NamedTuple):
     """The mergeable result of attending to part of a set; all that an empty part holds is ``-inf, 0, 0``."""
 
-    largest: (
-        Array  # (..., kv_heads, rows, 1), the largest score; of a kernel, the logarithm of the sum, which is then 1
-    )
+    largest: Array  # (..., kv_heads, rows, 1), the largest score; or what else the exponentials are relative to
     total: Array  # (..., kv_heads, rows, 1), the sum of exp(score - largest)
     weighted: Array  # (..., kv_heads, rows, width), the sum of exp(score - largest) * value; or element: of_values
+
+
+class Mean(State):
+    """A state relative to the logarithms of its sums, of which the totals are 1, or 0 of nothing, as a kernel makes it.
+
+    What is weighted is the mean.
+    """
+
+    __slots__ = ()
 
 
 # --- the three functions of a state ---------------------------------------------------------------------------------
@@ -77,7 +96,7 @@ def _by_a_kernel(q: Queries, context: Context, p: Attention, o: Options) -> tupl
         return None
     values, context = _values(context, p, xp)
     weighted, logs, unsure = fused_attention(q.array, _keys(q, context, p, o), values, context.mask, xp)
-    return State(logs, xp.where(logs == -math.inf, 0.0, xp.ones_like(logs)), weighted), unsure
+    return Mean(logs, xp.astype(logs != -math.inf, logs.dtype), weighted), unsure
 
 
 def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
@@ -133,6 +152,11 @@ def _weight(state: State, largest: Array, xp: Namespace) -> Array:
 def finish(state: State, xp: Namespace) -> Array:
     """Return the weighted mean of the values; over nothing it is 0."""
     return state.weighted / _nonzero(state.total, xp)
+
+
+def finish_blocks(state: State, xp: Namespace) -> Array:
+    """Return the same, of a state that is needed no more, in its memory: where heads lie side by side, they stay so."""
+    return state.weighted if isinstance(state, Mean) else into("divide", state.weighted, _nonzero(state.total, xp), xp)
 
 
 # --- all elements at once -------------------------------------------------------------------------------------------
@@ -208,7 +232,7 @@ def queries(q: Array, context: Context, p: Attention, order: Order, o: Options) 
     q = q * scale
     if order.scores == "project":
         return Queries(q, order)
-    carried = matmul(q, o.xp.permute_dims(p.key.weight, (1, 2, 0)), o.xp)
+    carried = matmul(q, transposed_heads(p.key.weight, o.xp), o.xp)
     shift = None if is_absent(p.key.bias) else matmul(q, p.key.bias[..., None], o.xp)
     return Queries(carried, order, shift)
 
@@ -231,18 +255,18 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
     if q.order.scores == "carry_queries":  # the queries of all heads by one product
         *batch, kv_heads, rows, dim = q.array.shape
         carried = xp.reshape(q.array, (*batch, kv_heads * rows, dim))
-        s = _split_heads(matmul(carried, xp.matrix_transpose(context.key_elements()), xp), kv_heads, xp)
+        s = _split_heads(matmul_rows(carried, context.key_elements(), xp), kv_heads, xp)
         return (s if q.shift is None else into("add", s, q.shift, xp)), True
     k = _keys(q, context, p, o)
     if q.order.scores == "project":
         if o.eager and 4 * q.array.shape[-2] > k.shape[-2]:
             return matmul(k, xp.matrix_transpose(q.array), xp), False
-        return matmul(q.array, xp.matrix_transpose(k), xp), True
+        return matmul_rows(q.array, k, xp), True
     assert isinstance(p.query, Linear)
     *batch, heads, n, _ = k.shape
-    carried = matmul(k, xp.permute_dims(p.query.weight, (1, 2, 0)), xp)  # (..., heads, n, dim)
+    carried = matmul(k, transposed_heads(p.query.weight, xp), xp)  # (..., heads, n, dim)
     carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
-    s = _split_heads(matmul(carried, xp.matrix_transpose(q.array), xp), heads, xp)
+    s = _split_heads(matmul_rows(carried, q.array, xp), heads, xp)
     return (s if is_absent(p.query.bias) else into("add", s, matmul(k, p.query.bias[..., None], xp), xp)), False
 
 

@@ -306,7 +306,14 @@ def test_the_products_are_those_that_are_needed(monkeypatch, name, per_element):
 
         return count
 
-    for module, product in ((_state, "matmul"), (_state, "matmul_heads"), (_layers, "matmul"), (_layers, "matmul_add")):
+    products = (
+        (_state, "matmul"),
+        (_state, "matmul_heads"),
+        (_state, "matmul_rows"),
+        (_layers, "matmul"),
+        (_layers, "matmul_add"),
+    )
+    for module, product in products:
         monkeypatch.setattr(module, product, counted(getattr(module, product)))
 
     def multiplications(n):

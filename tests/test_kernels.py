@@ -141,6 +141,49 @@ def test_the_kernel_inside_vmap(backend, fused, name):
     assert not fused
 
 
+# --- few rows with many ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["numpy"], indirect=True)
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_the_long_rows_first_have_the_values_of_the_reference(backend, monkeypatch, name):
+    """Every case, whatever its masks, is within its bound, however few the rows are taken to be."""
+    monkeypatch.setattr(_kernels, "_FEW", 0)
+    monkeypatch.setattr(_kernels, "_LONG_ROWS", 0)
+    case, value, bound = cases.expected(name, "float64")
+    plans = [None] if case.params is None or case.function == "attention_weights" else [None, Plan(setattn.Order())]
+    for plan in plans:
+        out = case.on(backend, "float64", **({} if plan is None else {"plan": plan}))
+        tolerances.assert_close(out, value, bound, f"{case.function} float64")
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("sets", [(), (3,)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_meet_rows_in_each_library(name, sets, shared):
+    """Whole numbers are multiplied without rounding, so that each way has to give the same."""
+    library = pytest.importorskip({"jax": "jax.numpy"}.get(name, name))
+    rng = np.random.default_rng(0)
+    few, many = (rng.integers(-4, 5, size=(*batch, *rows)) for batch, rows in ((sets, (4, 64)), (sets, (2048, 64))))
+    few = few[0] if shared and sets else few
+    arrays = [library.asarray(a.astype(np.float32)) for a in (few, many)]
+    xp = to_compute_in(namespace_of(arrays[0]), 1)
+    out = _kernels.matmul_rows(*arrays, xp)
+    assert np.array_equal(np.asarray(out), few @ many.swapaxes(-1, -2))
+
+
+def test_a_set_alone_and_in_a_batch_meets_the_same_rows():
+    """On NumPy, which way is taken depends on no other set: the scores are the same, bit by bit."""
+    rng = np.random.default_rng(0)
+    few, many = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 96), (5, 1024, 96)))
+    together = _kernels.matmul_rows(few, many, XP)
+    assert together.flags.c_contiguous
+    for alone, one in zip(many, together, strict=True):
+        assert np.array_equal(_kernels.matmul_rows(few, alone, XP), one)
+    short = many[:, :3]  # of which there are too few to be turned round
+    assert np.allclose(_kernels.matmul_rows(few, short, XP), together[..., :3], atol=1e-4)
+
+
 # --- linear maps by oneDNN -------------------------------------------------------------------------------------------
 
 
