@@ -45,15 +45,13 @@ def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
     have the long rows first, and to turn the small result round.
     """
     shared = len(many.shape) > len(few.shape)
-    if isinstance(xp, NumPy):
-        m, d = few.shape[-2:]
-        if _FEW * m <= d and many.shape[-2] * d >= _LONG_ROWS:
-            return np.ascontiguousarray(xp.matmul(many, few.mT).mT)
-        return matmul(few, many.mT, xp)
-    if shared and isinstance(xp, JAX):
-        return xp.matrix_transpose(xp.matmul(many, xp.matrix_transpose(few)))
-    if shared and isinstance(xp, UnrecordedTorch) and _suits_onednn(many, few.mT, xp):
+    if isinstance(xp, UnrecordedTorch) and shared and _suits_onednn(many, few.mT, xp):
         return _linear_on_cpu(many, few.mT, None, xp).mT.contiguous()
+    if isinstance(xp, NumPy | JAX) and _FEW * few.shape[-2] <= few.shape[-1]:
+        if isinstance(xp, JAX) and shared:
+            return xp.matrix_transpose(xp.matmul(many, xp.matrix_transpose(few)))
+        if isinstance(xp, NumPy) and many.shape[-2] * many.shape[-1] >= _LONG_ROWS:
+            return np.ascontiguousarray(xp.matmul(many, few.mT).mT)
     return matmul(few, xp.matrix_transpose(many), xp)
 
 

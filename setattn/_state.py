@@ -225,7 +225,7 @@ def as_they_come(order: Order) -> bool:
 def queries(q: Array, context: Context, p: Attention, order: Order, o: Options) -> Queries:
     """Bring queries, projected to ``(..., kv_heads, rows, width)`` or as they come, into the form of an order."""
     scale = 1.0 / math.sqrt(p.key.weight.shape[-1]) if o.scale is None else o.scale
-    if as_they_come(order):
+    if order.scores == "carry_keys":
         return Queries(q, order, scale=scale)
     if order.scores == "project" and o.eager and q.shape[-2] > context.elements.shape[-2]:
         return Queries(q, order, scale=scale)

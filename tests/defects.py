@@ -16,7 +16,8 @@ from setattn import _context, _layers, _state
 from setattn._context import Context
 from setattn._state import State
 
-_ORIGINAL = {name: getattr(_state, name) for name in ("make_state", "merge_states", "finish", "softmax_weights")}
+_PATCHED = ("make_state", "merge_states", "finish", "finish_blocks", "softmax_weights")
+_ORIGINAL = {name: getattr(_state, name) for name in _PATCHED}
 _ORIGINAL |= {name: getattr(_layers, name) for name in ("select", "norm")}
 _ORIGINAL |= {"log_length": _context.log_length}
 
@@ -159,7 +160,7 @@ def quadratic() -> contextlib.AbstractContextManager[None]:
         o = original(*arguments)
         return o + 1e-3 * o * o
 
-    return planted(finish=wrap)
+    return planted(finish=wrap, finish_blocks=wrap)
 
 
 def shrunk(amount: float = 1e-3) -> contextlib.AbstractContextManager[None]:
@@ -171,7 +172,7 @@ def shrunk(amount: float = 1e-3) -> contextlib.AbstractContextManager[None]:
     def weights(original: Any, *arguments: Any) -> Any:
         return original(*arguments) / (1 + amount)
 
-    return planted(finish=finish, softmax_weights=weights)
+    return planted(finish=finish, finish_blocks=finish, softmax_weights=weights)
 
 
 def unshifted() -> contextlib.AbstractContextManager[None]:
@@ -187,7 +188,11 @@ def unshifted() -> contextlib.AbstractContextManager[None]:
 
 def offset(amount: float = 1e-30) -> contextlib.AbstractContextManager[None]:
     """Something tiny is added to what is attended to; 0 is no longer 0."""
-    return planted(finish=lambda original, *a: original(*a) + amount)
+
+    def wrap(original: Any, *arguments: Any) -> Any:
+        return original(*arguments) + amount
+
+    return planted(finish=wrap, finish_blocks=wrap)
 
 
 def leaking_select() -> contextlib.AbstractContextManager[None]:
