@@ -81,7 +81,7 @@ def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: boo
     written = s.heads * s.queries + (0 if context.prepare is None else 2 * s.dim)  # by a compiler, to memory
     loop = elements_in_a_loop(context.elements, written, o.xp) if size is None else None
     whole = alone and cuts is None and loop is None
-    return Way(order_of(s, p, o, whole=whole), cuts, loop, numbers * s.elements)
+    return Way(order_of(s, context, p, o, whole=whole), cuts, loop, numbers * s.elements)
 
 
 def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:

@@ -175,7 +175,7 @@ def attention_weights(
 
     def body(params: Attention) -> Array:
         q, y = enter(query, None, o), ready(Context(context, mask, pair_mask, bias), o)
-        order = order_of(sizes_of(q, y, params), params, o)
+        order = order_of(sizes_of(q, y, params), y, params, o)
         asking = q if as_they_come(order) else projected_queries(q, params, o, log_length_of(q, [y], params, o))
         of_queries = queries(asking, y, params, order, o)
         w = ungroup(softmax_weights(of_queries, y, params, o), head_counts(q, params)[0], q.shape[-2], o.xp)

@@ -56,19 +56,20 @@ def choose(
     *,
     whole: bool = True,
     head_norms: Sequence[bool] = (False, False),
-    copied: bool = False,
+    copied: int = 0,
 ) -> Order:
     """Return the order with the fewest multiplications, of equal ones the one that projects; or the wanted one.
 
     ``whole`` says whether the weights of all elements are known at once, without which the output projection, which
     takes all heads together, can't be carried; ``head_norms`` whether queries and keys are normalised on each head:
-    those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` says that
-    a library copies what it multiplies head by head, if it does not lie in memory so: keys, values or their weights.
+    those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` is for a
+    library that copies what it multiplies head by head, if it does not lie in memory so: keys and values, or, once for
+    so many sets, their weights.
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
-    copy = _COPY if copied and s.kv_heads > 1 else 0
-    scores, values = _of_scores(s, copy), _of_values(s, copy)
+    copies = (_COPY, -(-_COPY_OF_WEIGHTS // copied)) if copied and s.kv_heads > 1 else _NO_COPIES
+    scores, values = _of_scores(s, copies), _of_values(s, copies)
     if key_norm:
         del scores["carry_queries"]
     if not own_keys or query_norm or s.dim_query is None:
@@ -80,7 +81,10 @@ def choose(
     return Order(_least(scores), _least(values))
 
 
-_COPY = 256  # multiplications that take as long as to copy one number from one place in memory to another
+# Multiplications that take as long as to copy one number to another place in memory.
+_COPY = 96  # of an element
+_COPY_OF_WEIGHTS = 220  # which come from memory
+_NO_COPIES = (0, 0)
 
 
 def _least(counts: dict[str, int]) -> str:
@@ -90,23 +94,27 @@ def _least(counts: dict[str, int]) -> str:
     return best
 
 
-def _of_scores(s: Sizes, copy: int = 0) -> dict[str, int]:
+def _of_scores(s: Sizes, copies: tuple[int, int] = _NO_COPIES) -> dict[str, int]:
+    copy, once = copies
     rows, width = s.heads * s.queries, s.dim_query or 0
     queries = rows * width * s.head_dim
     keys = s.elements * (s.dim + copy) * s.kv_heads * s.head_dim
+    carried = s.heads * s.elements * (s.head_dim + copy) * width  # of each set apart, too
     return {
         "project": queries + keys + rows * s.elements * s.head_dim,
-        "carry_queries": queries + (rows + copy * s.kv_heads) * s.head_dim * s.dim + rows * s.elements * s.dim,
-        "carry_keys": keys + s.heads * (s.elements + copy) * s.head_dim * width + rows * s.elements * width,
+        "carry_queries": queries + (rows + once * s.kv_heads) * s.head_dim * s.dim + rows * s.elements * s.dim,
+        "carry_keys": keys + carried + once * s.heads * s.head_dim * width + rows * s.elements * width,
     }
 
 
-def _of_values(s: Sizes, copy: int = 0) -> dict[str, int]:
+def _of_values(s: Sizes, copies: tuple[int, int] = _NO_COPIES) -> dict[str, int]:
+    copy, once = copies
     rows, width = s.heads * s.queries, s.dim_out or 0
     values = s.elements * (s.dim + copy) * s.kv_heads * s.value_dim
+    carried = s.heads * s.elements * (s.value_dim + copy) * width
     output = rows * s.value_dim * width
     return {
         "project": values + rows * s.elements * s.value_dim + output,
-        "carry_weights": rows * s.elements * s.dim + (rows + copy * s.kv_heads) * s.dim * s.value_dim + output,
-        "carry_output": values + s.heads * s.elements * s.value_dim * width + rows * s.elements * width,
+        "carry_weights": rows * s.elements * s.dim + (rows + once * s.kv_heads) * s.dim * s.value_dim + output,
+        "carry_output": values + carried + rows * s.elements * width,
     }

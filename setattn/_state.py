@@ -210,11 +210,12 @@ def sizes_of(query: Array, context: Context, p: Attention) -> Sizes:
     )
 
 
-def order_of(sizes: Sizes, p: Attention, o: Options, *, whole: bool = False) -> Order:
+def order_of(sizes: Sizes, context: Context, p: Attention, o: Options, *, whole: bool = False) -> Order:
     """Choose the order of products for the sizes at hand."""
     queries_made = isinstance(p.query_norm, NORMS) or isinstance(p.length_scale, LengthScale)
     made = queries_made, isinstance(p.key_norm, NORMS)
-    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copies_heads(o.xp))
+    copied = math.prod(context.elements.shape[:-2]) if copies_heads(o.xp) else 0
+    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copied)
 
 
 def as_they_come(order: Order) -> bool:

@@ -112,14 +112,20 @@ def test_the_probe_of_siglip_saves_most_of_the_work():
 
 
 def test_copies_count_where_a_library_makes_them(backend):
-    """XLA copies what is multiplied head by head: a wide weight for few elements, or the keys of many."""
+    """XLA copies what is multiplied head by head: a wide weight for few elements, once for all sets, or their keys."""
     few = Sizes(16, 273, 1280, 20, 20, 64, 64, 1280, 1280)  # a layer of the IP-Adapter's resampler
     many = Sizes(64, 2112, 1024, 8, 8, 64, 64, 1024, 1024)  # one of Flamingo's
-    assert choose(few) == choose(many) == choose(many, copied=True) == Order(Q, W)
-    assert choose(few, copied=True) == Order(P, P)
+    assert choose(few) == choose(many) == choose(many, copied=1) == Order(Q, W)
+    assert choose(few, copied=1) == Order(P, P)
+    assert choose(few, copied=2) == Order(Q, W)
+    small = Sizes(32, 32, 64, 4, 4, 16, 16, 64, 64)  # whose results by heads would be copied for each set
+    assert choose(small) == choose(small, copied=1) == choose(small, copied=1024) == Order(P, P)
+    half = Sizes(100, 16, 64, 4, 4, 16, 16, 64, 64)
+    assert choose(half) == Order(K, O)
+    assert choose(half, copied=256) == Order(P, P)
     alone = few._replace(heads=1, kv_heads=1)  # a single head lies in memory as it is
-    assert choose(alone, copied=True) == choose(alone)
-    assert choose(few, Order(Q, W), copied=True) == Order(Q, W)
+    assert choose(alone, copied=1) == choose(alone)
+    assert choose(few, Order(Q, W), copied=1) == Order(Q, W)
     assert copies_heads(namespace_of(backend.asarray(np.zeros(1), "float32"))) == (backend.name == "jax")
 
 
