@@ -634,7 +634,8 @@ class Parts:
         """The order of products that the whole set gets, but for the one that makes no states."""
         query, y = (self.whole or self.case).arrays
         params = self.case.params
-        return _state.order_of(_state.sizes_of(query, Context(y), params), params, self.o)
+        context = Context(y)
+        return _state.order_of(_state.sizes_of(query, context, params), context, params, self.o)
 
     def states(self) -> list[_state.State]:
         """The states of all parts."""
