@@ -42,7 +42,7 @@ def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
     """Multiply rows with rows, ``(..., m, d)`` and ``(..., n, d)`` to ``(..., m, n)``.
 
     OpenBLAS lays the second matrix out anew, and XLA one with a batch that the first has not: it takes less time to
-    have the long rows first, and to turn the small result round.
+    have the long rows first, and to turn the small result round. So oneDNN can take all sets of a batch at once.
     """
     shared = len(many.shape) > len(few.shape)
     if isinstance(xp, UnrecordedTorch) and shared and _suits_onednn(many, few.mT, xp):
