@@ -62,7 +62,7 @@ _LONG_ROWS = 2**16  # numbers, from which on they take longer than one more oper
 def transposed_heads(weight: Array, xp: Namespace) -> Array:
     """Turn the weights ``(dim, heads, head_dim)`` of a projection to ``(heads, head_dim, dim)``, to go back through it.
 
-    XLA copies the heads apart. It takes a fourth of the time where it does not turn each of them as well, which its
+    XLA copies the heads apart. It takes a seventh of the time where it does not turn each of them as well, which its
     products can do without.
     """
     if not isinstance(xp, JAX) or not isinstance(weight, xp.jax.core.Tracer):

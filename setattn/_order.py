@@ -5,7 +5,7 @@ products, each of which may be computed in any order. Projecting the elements is
 elements it is far cheaper to carry the queries to the elements, ``((q Wq) Wk') x'``, and to project weighted sums of
 elements, ``((a x) Wv) Wo``; where many queries meet few elements, to carry the keys to the queries, ``q (Wq (x Wk)')``,
 and the output projection to the values, ``a ((x Wv) Wo)``. All counts are for one set of a batch: what a set gives must
-not depend on how many others there are.
+not depend on how many others there are. Only a library that copies weights does that once for all of them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def choose(
     ``whole`` says whether the weights of all elements are known at once, without which the output projection, which
     takes all heads together, can't be carried; ``head_norms`` whether queries and keys are normalised on each head:
     those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` is for a
-    library that copies what it multiplies head by head, if it does not lie in memory so: keys and values, or, once for
-    so many sets, their weights.
+    library that copies what it multiplies head by head, if it does not lie in memory so: keys, values, what is carried
+    from the elements, or, once for so many sets, the weights.
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
