@@ -18,7 +18,7 @@ from benchmarks import floor, growth, machine, plots
 from benchmarks.contestants import BACKENDS, ROWS
 from benchmarks.library import Library
 from benchmarks.report import TITLES, add_own_floors, measure_row, table
-from benchmarks.timing import PAUSE, QUICK, Settings, cpu_count
+from benchmarks.timing import PAUSE, QUICK, Settings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--backends", default=",".join(BACKENDS), help="setattn's backends (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and sets up to 100 000 elements")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=cpu_count(), help="of BLAS and PyTorch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of BLAS and PyTorch (default: as many as they take themselves)")
     parser.add_argument("--pause", type=float, default=PAUSE, help="seconds before each turn (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
     options = parser.parse_args(arguments)
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
     load = machine.load()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler writes to the terminal
     backends = available(options.backends)
-    machine.limit_threads(options.threads)
+    if options.threads is not None:
+        machine.limit_threads(options.threads)
     settings = dataclasses.replace(QUICK if options.quick else Settings(), pause=options.pause)
     with inference(), progress_bar() as bar:
         results = measure(rows, families, backends, settings, options.quick, bar)

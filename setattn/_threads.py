@@ -20,6 +20,7 @@ U = TypeVar("U")
 _here = threading.local()
 
 
+@functools.cache
 def has_threads() -> bool:
     """Say whether the package is there that keeps each product on its own thread."""
     import importlib.util
