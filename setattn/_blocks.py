@@ -122,16 +122,26 @@ def elements_in_a_loop(x: Array, numbers: int, xp: Namespace) -> range | None:
 
     ``numbers`` are made for each element: a compiler writes them to memory, where they are more than caches hold.
     """
-    *batch, n, _ = x.shape
+    *batch, n, dim = x.shape
     budget = loop_bytes(x, xp)
     if budget is None or not all(isinstance(size, int) for size in x.shape):
         return None
-    bytes_for_one = 4 * numbers * math.prod(batch)
-    size = max(LEAST, budget // max(1, bytes_for_one))
-    return range(0, n - n % size, size) if n * bytes_for_one > _LOOPED * budget and n > size else None
+    bytes_for_one = 4 * math.prod(batch)
+    if n * numbers * bytes_for_one <= budget:
+        return None
+    # A step holds its elements, their scores and the exponentials of these.
+    least = max(LEAST, 4 * _LEAST_LOOPED // bytes_for_one)
+    most = max(least, budget // ((dim + 2 * numbers) * bytes_for_one))
+    size = _without_rest(n, most, least)
+    return range(0, n - n % size, size) if n > size else None
 
 
-_LOOPED = 2  # blocks, from which on a loop is faster than all elements at once
+_LEAST_LOOPED = 4096  # rows, from which on XLA spreads the sum of each, as in a norm, over threads
+
+
+def _without_rest(length: int, most: int, least: int) -> int:
+    """Return a size of parts, of more than half the most, that leaves no rest to be compiled apart, if there is one."""
+    return next((size for size in range(most, max(most // 2, least - 1), -1) if length % size == 0), most)
 
 
 def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbers: int, xp: Namespace) -> Array:
@@ -143,8 +153,7 @@ def _in_a_loop(function: Callable[[Array, Block | None], Array], x: Array, numbe
     def block(cut: slice | Span) -> Array:
         return function(part_of(x, -2, cut), Block(-1, cut))
 
-    # Parts of one size that leave no rest need not be laid end to end with it.
-    size = next((size for size in range(most, most // 2, -1) if m % size == 0), most)
+    size = _without_rest(m, most, 1)
     whole = m - m % size
     out = repeat(lambda start: block(Span(start, size)), range(0, whole, size), xp)
     _, *batch, _, dim = out.shape  # what is attended to may have more of a batch than x

@@ -17,7 +17,7 @@ from setattn._typing import Array, Namespace
 
 
 _CACHE, _CACHES, _GPU_MEMORY = 12 * 2**20, 24 * 2**20, 256 * 2**20
-_LOOP = 8 * 2**20  # of what a compiler writes to memory in a step
+_LOOP = 16 * 2**20  # of what a compiler writes to memory in a step; the C library gives 32 MiB and more away each time
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:

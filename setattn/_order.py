@@ -68,8 +68,10 @@ def choose(
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
-    copies = (_COPY, -(-_COPY_OF_WEIGHTS // copied)) if copied and s.kv_heads > 1 else _NO_COPIES
-    scores, values = _of_scores(s, copies), _of_values(s, copies)
+    scores, values = _of_scores(s), _of_values(s)
+    if copied and s.kv_heads > 1:
+        copies_of_scores, copies_of_values = _copies(s, copied)
+        scores, values = _added(scores, copies_of_scores), _added(values, copies_of_values)
     if key_norm:
         del scores["carry_queries"]
     if not own_keys or query_norm or s.dim_query is None:
@@ -83,8 +85,8 @@ def choose(
 
 # Multiplications that take as long as to copy one number to another place in memory.
 _COPY = 96  # of an element
-_COPY_OF_WEIGHTS = 220  # which come from memory
-_NO_COPIES = (0, 0)
+_COPY_OF_WEIGHTS, _COPY_IN_CACHE = 220, 30  # of weights that come from memory, or are few enough for a cache
+_IN_CACHE = 2**18  # numbers
 
 
 def _least(counts: dict[str, int]) -> str:
@@ -94,27 +96,48 @@ def _least(counts: dict[str, int]) -> str:
     return best
 
 
-def _of_scores(s: Sizes, copies: tuple[int, int] = _NO_COPIES) -> dict[str, int]:
-    copy, once = copies
+def _of_scores(s: Sizes) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_query or 0
     queries = rows * width * s.head_dim
-    keys = s.elements * (s.dim + copy) * s.kv_heads * s.head_dim
-    carried = s.heads * s.elements * (s.head_dim + copy) * width  # of each set apart, too
+    keys = s.elements * s.dim * s.kv_heads * s.head_dim
     return {
         "project": queries + keys + rows * s.elements * s.head_dim,
-        "carry_queries": queries + (rows + once * s.kv_heads) * s.head_dim * s.dim + rows * s.elements * s.dim,
-        "carry_keys": keys + carried + once * s.heads * s.head_dim * width + rows * s.elements * width,
+        "carry_queries": queries + rows * s.head_dim * s.dim + rows * s.elements * s.dim,
+        "carry_keys": keys + s.heads * s.elements * s.head_dim * width + rows * s.elements * width,
     }
 
 
-def _of_values(s: Sizes, copies: tuple[int, int] = _NO_COPIES) -> dict[str, int]:
-    copy, once = copies
+def _of_values(s: Sizes) -> dict[str, int]:
     rows, width = s.heads * s.queries, s.dim_out or 0
-    values = s.elements * (s.dim + copy) * s.kv_heads * s.value_dim
-    carried = s.heads * s.elements * (s.value_dim + copy) * width
+    values = s.elements * s.dim * s.kv_heads * s.value_dim
     output = rows * s.value_dim * width
     return {
         "project": values + rows * s.elements * s.value_dim + output,
-        "carry_weights": rows * s.elements * s.dim + (rows + once * s.kv_heads) * s.dim * s.value_dim + output,
-        "carry_output": values + carried + rows * s.elements * width,
+        "carry_weights": rows * s.elements * s.dim + rows * s.dim * s.value_dim + output,
+        "carry_output": values + s.heads * s.elements * s.value_dim * width + rows * s.elements * width,
     }
+
+
+def _copies(s: Sizes, sets: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Count what it costs each of some sets to copy what is multiplied head by head, and does not lie in memory so."""
+    key, value = s.kv_heads * s.head_dim, s.kv_heads * s.value_dim
+    carried_key, carried_value = s.heads * (s.dim_query or 0), s.heads * (s.dim_out or 0)
+    scores = {
+        "project": s.elements * key * _COPY,
+        "carry_queries": _of_weights(s.dim * key, sets),
+        "carry_keys": s.elements * (key + carried_key) * _COPY + _of_weights(s.head_dim * carried_key, sets),
+    }
+    values = {
+        "project": s.elements * value * _COPY,
+        "carry_weights": _of_weights(s.dim * value, sets),
+        "carry_output": s.elements * (value + carried_value) * _COPY,
+    }
+    return scores, values
+
+
+def _added(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return {name: count + more[name] for name, count in counts.items()}
+
+
+def _of_weights(numbers: int, sets: int) -> int:
+    return numbers * -(-(_COPY_IN_CACHE if numbers <= _IN_CACHE else _COPY_OF_WEIGHTS) // sets)

@@ -126,6 +126,10 @@ def test_copies_count_where_a_library_makes_them(backend):
     alone = few._replace(heads=1, kv_heads=1)  # a single head lies in memory as it is
     assert choose(alone, copied=1) == choose(alone)
     assert choose(few, Order(Q, W), copied=1) == Order(Q, W)
+    narrow = Sizes(1, 64, 128, 4, 4, 32, 32, 128, 128)  # whose weights a cache holds
+    assert choose(narrow, copied=1) == Order(Q, W)
+    wide = Sizes(1, 64, 1024, 16, 16, 64, 64, 1024, 1024)
+    assert choose(wide, copied=1) == Order(P, P)
     assert copies_heads(namespace_of(backend.asarray(np.zeros(1), "float32"))) == (backend.name == "jax")
 
 
