@@ -38,6 +38,18 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
     return xp.matmul(a, b, out=out.swapaxes(-3, -2))
 
 
+def matmul_weights(x: Array, weights: Array, xp: Namespace) -> Array:
+    """Multiply the rows of each head by its weights, ``(..., heads, m, d)`` and ``(heads, d, e)``.
+
+    PyTorch copies the weights for each set: there one product for each head takes the rows of all sets.
+    """
+    *batch, heads, m, d = x.shape
+    if not isinstance(xp, Torch) or not batch or heads == 1:
+        return matmul(x, weights, xp)
+    out = xp.matmul(x.movedim(-3, 0).reshape(heads, -1, d), weights)
+    return out.reshape(heads, *batch, m, weights.shape[-1]).movedim(0, -3)
+
+
 def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
     """Multiply rows with rows, ``(..., m, d)`` and ``(..., n, d)`` to ``(..., m, n)``.
 

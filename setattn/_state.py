@@ -20,6 +20,7 @@ from setattn._kernels import (
     matmul,
     matmul_heads,
     matmul_rows,
+    matmul_weights,
     row_max,
     row_sum,
     transposed_heads,
@@ -103,7 +104,7 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
     """Project the sums of elements, where the weights were carried to these, to sums of values."""
     if order.values != "carry_weights":
         return state
-    weighted = matmul(state.weighted, xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
+    weighted = matmul_weights(state.weighted, xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
     if not is_absent(p.value.bias):
         weighted = into("add", weighted, state.total * p.value.bias[:, None, :], xp)
     return State(state.largest, state.total, weighted)
@@ -180,7 +181,7 @@ def attend_at_once(q: Queries, context: Context, p: Attention, o: Options) -> Ar
     w = softmax_weights(q, context, p, o)
     values, context = _values(context, p, xp)
     *batch, heads, m, n = w.shape
-    carried, context = _visible(matmul(values, output.weight, xp), -3, context, xp)
+    carried, context = _visible(matmul_weights(values, output.weight, xp), -3, context, xp)
     carried = xp.reshape(carried, (*carried.shape[:-3], heads * n, carried.shape[-1]))
     # (..., heads, n, m) is how the weights lie in memory where the queries are many.
     w = xp.matrix_transpose(xp.reshape(xp.matrix_transpose(w), (*batch, heads * n, m)))
@@ -233,7 +234,7 @@ def queries(q: Array, context: Context, p: Attention, order: Order, o: Options) 
     q = q * scale
     if order.scores == "project":
         return Queries(q, order)
-    carried = matmul(q, transposed_heads(p.key.weight, o.xp), o.xp)
+    carried = matmul_weights(q, transposed_heads(p.key.weight, o.xp), o.xp)
     shift = None if is_absent(p.key.bias) else matmul(q, p.key.bias[..., None], o.xp)
     return Queries(carried, order, shift)
 
@@ -265,7 +266,7 @@ def _products(q: Queries, context: Context, p: Attention, o: Options) -> tuple[A
         return matmul_rows(q.array, k, xp), True
     assert isinstance(p.query, Linear)
     *batch, heads, n, _ = k.shape
-    carried = matmul(k, transposed_heads(p.query.weight, xp), xp)  # (..., heads, n, dim)
+    carried = matmul_weights(k, transposed_heads(p.query.weight, xp), xp)  # (..., heads, n, dim)
     carried = xp.reshape(carried, (*batch, heads * n, carried.shape[-1]))
     s = _split_heads(matmul_rows(carried, q.array, xp), heads, xp)
     return (s if is_absent(p.query.bias) else into("add", s, matmul(k, p.query.bias[..., None], xp), xp)), False

@@ -172,6 +172,29 @@ def test_rows_meet_rows_in_each_library(name, sets, shared):
     assert np.array_equal(np.asarray(out), few @ many.swapaxes(-1, -2))
 
 
+@on_torch
+@pytest.mark.parametrize("order", [("carry_queries", "carry_weights"), ("carry_keys", "carry_output")])
+def test_weights_are_not_copied_for_each_set(backend, order):
+    """No operation of PyTorch makes as many numbers as the weights of a head for each of some sets."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sets, n, dim, made = 20, 8, 64, []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(t.untyped_storage().nbytes() for t in (out,) if isinstance(t, backend.xp.Tensor))
+            return out
+
+    rng = np.random.default_rng(0)
+    params = backend.params(setattn.init_attention(dim, num_heads=4, rng=rng), "float32")
+    query, context = (backend.asarray(rng.normal(size=(sets, rows, dim)), "float32") for rows in (2, n))
+    with Made():
+        setattn.attention(query, context, params, plan=Plan(setattn.Order(*order)))
+    assert made
+    assert max(made) < 4 * sets * dim * dim
+
+
 def test_a_set_alone_and_in_a_batch_meets_the_same_rows():
     """On NumPy, which way is taken depends on no other set: the scores are the same, bit by bit."""
     rng = np.random.default_rng(0)
