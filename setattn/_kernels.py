@@ -118,7 +118,7 @@ _LARGE = 2**23  # multiplications, from which on a kernel is worth the time to g
 def _suits_onednn(a: Array, b: Array, xp: Namespace) -> bool:
     """Say whether oneDNN takes the product of two arrays and pays: where the second is one matrix."""
     n, k = b.shape[-2:]
-    if xp.linear_on_cpu is None or b.numel() != n * k or a.numel() * k < _LARGE or not xp.mkldnn.enabled:
+    if a.numel() * k < _LARGE or xp.linear_on_cpu is None or b.numel() != n * k or not xp.mkldnn.enabled:
         return False
     return a.dim() >= b.dim() and a.dtype == xp.float32 and a.device.type == "cpu" and type(a) is xp.Tensor
 
