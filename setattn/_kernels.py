@@ -44,7 +44,9 @@ def matmul_weights(x: Array, weights: Array, xp: Namespace) -> Array:
     PyTorch copies the weights for each set: there one product for each head takes the rows of all sets.
     """
     *batch, heads, m, d = x.shape
-    if not isinstance(xp, Torch) or not batch or heads == 1:
+    if not isinstance(xp, Torch):
+        return xp.matmul(x, weights)
+    if not batch or heads == 1:
         return matmul(x, weights, xp)
     out = xp.matmul(x.movedim(-3, 0).reshape(heads, -1, d), weights)
     return out.reshape(heads, *batch, m, weights.shape[-1]).movedim(0, -3)
