@@ -17,7 +17,7 @@ from setattn._typing import Array, Namespace
 
 
 _CACHE, _CACHES, _GPU_MEMORY = 12 * 2**20, 24 * 2**20, 256 * 2**20
-_LOOP = 16 * 2**20  # of what a compiler writes to memory in a step; the C library gives 32 MiB and more away each time
+_LOOP = 16 * 2**20  # of what a compiler writes in a step: all that it holds is below the 32 MiB that the heap can keep
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:

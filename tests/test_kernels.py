@@ -175,7 +175,7 @@ def test_rows_meet_rows_in_each_library(name, sets, shared):
 @on_torch
 @pytest.mark.parametrize("order", [("carry_queries", "carry_weights"), ("carry_keys", "carry_output")])
 def test_weights_are_not_copied_for_each_set(backend, order):
-    """No operation of PyTorch makes as many numbers as the weights of a head for each of some sets."""
+    """No operation of PyTorch makes as many numbers as there are sets times weights of a map."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     sets, n, dim, made = 20, 8, 64, []
