@@ -206,7 +206,7 @@ def test_a_stopped_run_leaves_nothing(name, folder):
     number = getattr(signal, name)
     arguments = slow(folder)
     before = sorted(path.name for path in folder.iterdir())
-    # Between NumPy's opening of a file and its "with", a signal leaves the file to the garbage collector. And under nohup,
+    # Between NumPy's opening of a file and its "with", a signal leaves the file to the garbage collector. Under nohup,
     # a process that is started ignores SIGHUP.
     code = "import signal, warnings; warnings.simplefilter('ignore', ResourceWarning)"
     process = start(folder, *arguments, code=f"{code}; signal.signal(signal.SIGHUP, signal.SIG_DFL)")
