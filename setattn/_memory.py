@@ -49,7 +49,12 @@ def loop_bytes(x: Array, xp: Namespace) -> int | None:
     if not isinstance(xp, JAX):
         return None
     compiled = isinstance(x, xp.jax.interpreters.partial_eval.DynamicJaxprTracer)
-    return _LOOP if compiled and xp.jax.default_backend() == "cpu" and xp.jax.device_count() == 1 else None
+    return _LOOP if compiled and is_one_cpu(xp) else None
+
+
+def is_one_cpu(xp: Namespace) -> bool:
+    """Say whether JAX has one device, a CPU."""
+    return bool(xp.jax.default_backend() == "cpu" and xp.jax.device_count() == 1)
 
 
 def has_own_threads(xp: Namespace) -> bool:

@@ -57,6 +57,7 @@ def choose(
     whole: bool = True,
     head_norms: Sequence[bool] = (False, False),
     copied: int = 0,
+    cached: bool = False,
 ) -> Order:
     """Return the order with the fewest multiplications, of equal ones the one that projects; or the wanted one.
 
@@ -64,13 +65,13 @@ def choose(
     takes all heads together, can't be carried; ``head_norms`` whether queries and keys are normalised on each head:
     those have to be made. Where a wanted order can't be had for such a reason, its part projects. ``copied`` is for a
     library that copies what it multiplies head by head, if it does not lie in memory so: keys, values, what is carried
-    from the elements, or, once for so many sets, the weights.
+    from the elements, or, once for so many sets, the weights; ``cached`` says that a cache holds few of these.
     """
     query_norm, key_norm = head_norms
     own_keys = s.heads == s.kv_heads
     scores, values = _of_scores(s), _of_values(s)
     if copied and s.kv_heads > 1:
-        copies_of_scores, copies_of_values = _copies(s, copied)
+        copies_of_scores, copies_of_values = _copies(s, copied, cached)
         scores, values = _added(scores, copies_of_scores), _added(values, copies_of_values)
     if key_norm:
         del scores["carry_queries"]
@@ -118,18 +119,18 @@ def _of_values(s: Sizes) -> dict[str, int]:
     }
 
 
-def _copies(s: Sizes, sets: int) -> tuple[dict[str, int], dict[str, int]]:
+def _copies(s: Sizes, sets: int, cached: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Count what it costs each of some sets to copy what is multiplied head by head, and does not lie in memory so."""
     key, value = s.kv_heads * s.head_dim, s.kv_heads * s.value_dim
     carried_key, carried_value = s.heads * (s.dim_query or 0), s.heads * (s.dim_out or 0)
     scores = {
         "project": s.elements * key * _COPY,
-        "carry_queries": _of_weights(s.dim * key, sets),
-        "carry_keys": s.elements * (key + carried_key) * _COPY + _of_weights(s.head_dim * carried_key, sets),
+        "carry_queries": _of_weights(s.dim * key, sets, cached),
+        "carry_keys": s.elements * (key + carried_key) * _COPY + _of_weights(s.head_dim * carried_key, sets, cached),
     }
     values = {
         "project": s.elements * value * _COPY,
-        "carry_weights": _of_weights(s.dim * value, sets),
+        "carry_weights": _of_weights(s.dim * value, sets, cached),
         "carry_output": s.elements * (value + carried_value) * _COPY,
     }
     return scores, values
@@ -139,5 +140,5 @@ def _added(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
     return {name: count + more[name] for name, count in counts.items()}
 
 
-def _of_weights(numbers: int, sets: int) -> int:
-    return numbers * -(-(_COPY_IN_CACHE if numbers <= _IN_CACHE else _COPY_OF_WEIGHTS) // sets)
+def _of_weights(numbers: int, sets: int, cached: bool) -> int:
+    return numbers * -(-(_COPY_IN_CACHE if cached and numbers <= _IN_CACHE else _COPY_OF_WEIGHTS) // sets)

@@ -26,7 +26,7 @@ from setattn._kernels import (
     transposed_heads,
 )
 from setattn._layers import NORMS, Options, linear, norm, scale_by_length, select
-from setattn._memory import copies_heads, like_rows
+from setattn._memory import copies_heads, is_one_cpu, like_rows
 from setattn._namespace import largest_number
 from setattn._order import PROJECT, Order, Sizes, choose
 from setattn._params import Attention, LengthScale, Linear, is_absent
@@ -215,8 +215,10 @@ def order_of(sizes: Sizes, context: Context, p: Attention, o: Options, *, whole:
     """Choose the order of products for the sizes at hand."""
     queries_made = isinstance(p.query_norm, NORMS) or isinstance(p.length_scale, LengthScale)
     made = queries_made, isinstance(p.key_norm, NORMS)
-    copied = math.prod(context.elements.shape[:-2]) if copies_heads(o.xp) else 0
-    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copied)
+    if not copies_heads(o.xp):
+        return choose(sizes, o.plan.order, whole=whole, head_norms=made)
+    copied, cached = math.prod(context.elements.shape[:-2]), is_one_cpu(o.xp)
+    return choose(sizes, o.plan.order, whole=whole, head_norms=made, copied=copied, cached=cached)
 
 
 def as_they_come(order: Order) -> bool:

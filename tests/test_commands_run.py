@@ -206,10 +206,11 @@ def test_a_stopped_run_leaves_nothing(name, folder):
     number = getattr(signal, name)
     arguments = slow(folder)
     before = sorted(path.name for path in folder.iterdir())
-    # Between NumPy's opening of a file and its "with", a signal leaves the file to the garbage collector. Under nohup,
-    # a process that is started ignores SIGHUP.
-    code = "import signal, warnings; warnings.simplefilter('ignore', ResourceWarning)"
-    process = start(folder, *arguments, code=f"{code}; signal.signal(signal.SIGHUP, signal.SIG_DFL)")
+    # Between NumPy's opening of a file and its "with", a signal leaves the file to the garbage collector. A process
+    # that nohup or a shell starts in the background ignores signals.
+    code = "import signal, warnings; warnings.simplefilter('ignore', ResourceWarning); "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(folder, *arguments, code=code)
     deadline = time.monotonic() + 120
     while not any(folder.glob(".y.npy.*.part")):
         assert process.poll() is None, process.communicate()
