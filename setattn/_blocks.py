@@ -126,17 +126,18 @@ def elements_in_a_loop(x: Array, numbers: int, xp: Namespace) -> range | None:
     budget = loop_bytes(x, xp)
     if budget is None or not all(isinstance(size, int) for size in x.shape):
         return None
-    bytes_for_one = 4 * math.prod(batch)
-    if n * numbers * bytes_for_one <= budget:
+    sets = math.prod(batch)
+    if 4 * sets * n * numbers <= budget:
         return None
     # A step holds its elements, their scores and the exponentials of these.
-    least = max(LEAST, 4 * _LEAST_LOOPED // bytes_for_one)
-    most = max(least, budget // ((dim + 2 * numbers) * bytes_for_one))
-    size = _without_rest(n, most, least)
+    most = budget // (4 * sets * (dim + 2 * numbers))
+    most = max(LEAST, most, min(_LEAST_LOOPED // sets, _MOST_LOOPED * most))
+    size = _without_rest(n, most, _LEAST_LOOPED // sets)
     return range(0, n - n % size, size) if n > size else None
 
 
 _LEAST_LOOPED = 4096  # rows, from which on XLA spreads the sum of each, as in a norm, over threads
+_MOST_LOOPED = 3  # budgets that these may take
 
 
 def _without_rest(length: int, most: int, least: int) -> int:

@@ -17,7 +17,7 @@ from setattn._typing import Array, Namespace
 
 
 _CACHE, _CACHES, _GPU_MEMORY = 12 * 2**20, 24 * 2**20, 256 * 2**20
-_LOOP = 16 * 2**20  # of what a compiler writes in a step: all that it holds is below the 32 MiB that the heap can keep
+_LOOP = 16 * 2**20  # of what a compiler writes in a step: most calls then need less than the 32 MiB a heap keeps
 
 
 def block_bytes(x: Array, xp: Namespace) -> int | None:

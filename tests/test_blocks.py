@@ -125,6 +125,18 @@ def test_memory_inside_jit_is_bounded(backend):
     assert long - short < 0.05 * (4 * 600_000 * 64)  # the scores of the rest
 
 
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_memory_inside_jit_is_bounded_for_many_queries(backend):
+    """Nor do steps grow with the queries, however many scores an element has."""
+    import jax
+
+    params = setattn.init_pma(16, num_seeds=1024, num_heads=4, form="official", rng=0)
+    params = setattn.convert_params(params, jax.numpy)
+    x = jax.ShapeDtypeStruct((20_000, 16), jax.numpy.float32)
+    compiled = jax.jit(lambda x: setattn.pma(x, params)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64e6
+
+
 def test_a_lost_block_is_noticed():
     """The bound refuses a result whose last block was not merged."""
     case, value, bound = cases.expected("pma", "float32")
