@@ -75,13 +75,17 @@ class Way(NamedTuple):
 def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: bool) -> Way:
     """Choose how to attend to a context, which is ``alone`` where these are all the elements there are."""
     s = sizes_of(query, context, p)
-    numbers = 2 * s.dim + 3 * s.heads * s.queries + s.kv_heads * (s.head_dim + s.value_dim)  # for one element
+    order = order_of(s, context, p, o, whole=alone)
+    numbers = 2 * s.dim + 3 * s.heads * s.queries  # for one element
+    numbers = numbers + (0 if order.scores == "carry_queries" else s.kv_heads * s.head_dim)
+    numbers = numbers + (0 if order.values == "carry_weights" else s.kv_heads * s.value_dim)
     size = rows_in_a_block(o.plan, context.elements, numbers, o.xp)
     cuts = None if size is None or s.elements <= size else cut(s.elements, size)
     written = s.heads * s.queries + (0 if context.prepare is None else 2 * s.dim)  # by a compiler, to memory
     loop = elements_in_a_loop(context.elements, written, o.xp) if size is None else None
-    whole = alone and cuts is None and loop is None
-    return Way(order_of(s, context, p, o, whole=whole), cuts, loop, numbers * s.elements)
+    if order.values == "carry_output" and not (cuts is None and loop is None):
+        order = order_of(s, context, p, o, whole=False)
+    return Way(order, cuts, loop, numbers * s.elements)
 
 
 def state_of(query: Array, contexts: Sequence[Context], p: Attention, o: Options) -> State:
