@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.account import account
 from benchmarks.contestants import TOLERANCE, Contestant, error_of, peer_contestants, setattn_contestants
 from benchmarks.floor import Floor, Rates, Work
 from benchmarks.library import Library
@@ -60,11 +61,18 @@ def measure_row(
                 "of_floor": floor.seconds / spreads[name].median,
                 "ratio": vars(ratio(samples[best], samples[name])) if best else None,
                 "rounds": len(samples[name]),
+                "account": accounted(c, spreads[name].median),
             }
             for name, c in contestants.items()
         },
     }
     return results, floor.work
+
+
+def accounted(contestant: Contestant, seconds: float) -> dict[str, float] | None:
+    """Return what the time of a call of setattn goes to, where the library tells."""
+    shares = account(contestant.run, contestant.backend, cpu_count() if contestant.variant else 1)
+    return shares and {kind: share * seconds for kind, share in shares.items()}
 
 
 def add_own_floors(row: dict[str, Any], work: Work, libraries: dict[str, Library], rates: Rates) -> None:

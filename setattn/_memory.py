@@ -16,7 +16,7 @@ from setattn._typing import Array, Namespace
 # --- sizes of blocks ------------------------------------------------------------------------------------------------
 
 
-_CACHE, _CACHES, _GPU_MEMORY = 16 * 2**20, 24 * 2**20, 256 * 2**20
+_CACHE, _CACHES, _GPU_MEMORY = 16 * 2**20, 32 * 2**20, 256 * 2**20
 _LOOP = 16 * 2**20  # of what a compiler writes in a step: most calls then need less than the 32 MiB a heap keeps
 
 
