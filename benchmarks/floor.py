@@ -149,12 +149,17 @@ class _Counting:
         for name, rows, size in (("context_norm", n, len(p.attention.key.weight)), ("query_norm", m, width)):
             self.numbers["norm"] += 0 if is_absent(getattr(p, name)) else self.sets * rows * size
         for name in ("attention_norm", "ff_norm", "output_norm"):
-            self.numbers["norm"] += 0 if is_absent(getattr(p, name, ())) else self.sets * m * width
+            if not is_absent(own := getattr(p, name, ())):
+                self.numbers["norm"] += self.sets * m * width
+                # What a norm of a result is multiplied with can become a part of no projection.
+                self.numbers["affine"] += 0 if name == "ff_norm" or is_absent(own.scale) else self.sets * m * width
 
     def maps(self, rows: int, tree: Any, sets: int | None = None) -> None:
         """Count linear layers that every row goes through, and the activation between them."""
         if isinstance(tree, setattn.Linear):
-            self.products.append(((self._map(rows, tree.weight.shape[0], tree.weight.size, sets),),))
+            product = self._map(rows, tree.weight.shape[0], tree.weight.size, sets)
+            self.products.append(((product,),))
+            self.numbers["bias"] += 0 if is_absent(tree.bias) else product.sets * rows * product.columns
         elif not is_absent(tree):
             for part in tree:
                 self.maps(rows, part, sets)
@@ -190,6 +195,8 @@ class _Counting:
         self.products.append(tuple(scores))
         values = self._map(n, dim, p.value.weight.size)
         last = (self._map(m, heads * value_dim, p.output.weight.size),) if p.output else ()
+        if p.output and not is_absent(p.output.bias):
+            self.numbers["bias"] += sets * m * p.output.weight.shape[-1]
         sums = [
             (values, Product(grouped, n, value_dim, kv_heads, sets), *last),
             (Product(heads * m, n, dim, sets=sets), Product(m, dim, value_dim, heads, sets, weights=True), *last),
