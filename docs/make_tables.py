@@ -130,8 +130,8 @@ def misses(results: dict[str, Any]) -> str:
     """Return the table of what the time of each missed target goes to, beside what the library's own floor allows."""
     kinds = ("products", "exponentials", "passes")
     lines = [
-        f"| workload, library | ratio | wanted | at most | ms | {' | '.join(kinds)} | between |",
-        "| --- " * 9 + "|",
+        f"| workload, library | ratio | wanted | at most | ms | {' | '.join(kinds)} | between | products of target |",
+        "| --- " * 10 + "|",
     ]
     for row in results["rows"]:
         for c in row["contestants"].values():
@@ -148,7 +148,9 @@ def misses(results: dict[str, Any]) -> str:
                 milliseconds(c["seconds"]["median"]),
             ]
             cells += [f"{milliseconds(spent.get(kind))} ({milliseconds(own[kind])})" for kind in kinds]
-            lines.append(f"| {' | '.join([*cells, milliseconds(spent.get('between'))])} |")
+            left = row["contestants"][row["best_peer"]]["seconds"]["median"] / wanted
+            cells += [milliseconds(spent.get("between")), f"{spent['products'] / left:.0%}" if spent else "-"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
