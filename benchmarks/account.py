@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from setattn import _kernels, _layers, _state
+from setattn import _layers, _state
 from setattn._namespace import NumPy
 
+KINDS = ("products", "exponentials", "passes")
 CALLS = 5
 
 # What operations of PyTorch are; all others are passes. Its kernel for a whole attention counts as its products.
@@ -31,7 +32,7 @@ def account(run: Callable[[], Any], backend: str, threads: int = 1) -> dict[str,
         return None
     run()
     parts = [measure(run) for _ in range(CALLS)]
-    shares = {kind: statistics.median(part[kind] for part in parts) for kind in ("products", "exponentials", "passes")}
+    shares = {kind: statistics.median(part[kind] for part in parts) for kind in KINDS}
     return shares | {"between": 1.0 - sum(shares.values())}
 
 
@@ -44,7 +45,7 @@ def _of_numpy(run: Callable[[], Any], threads: int) -> dict[str, float]:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-    return {kind: clock.seconds(kind, threads) / seconds for kind in ("products", "exponentials", "passes")}
+    return {kind: clock.seconds(kind, threads) / seconds for kind in KINDS}
 
 
 class _Clock:
@@ -64,7 +65,7 @@ class _Clock:
         passes = ["add", "subtract", "multiply", "divide", "where", "sqrt", "isfinite", "max", "sum", "vecdot"]
         of_numpy = {"matmul": "products", "exp": "exponentials"} | dict.fromkeys(passes, "passes")
         places: list[tuple[Any, str, str]] = [(NumPy, name, kind) for name, kind in of_numpy.items()]
-        places += [(module, "row_max", "passes") for module in (_kernels, _state)]
+        places.append((_state, "row_max", "passes"))
         before = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
         activations = dict(_layers._ACTIVATIONS)
         try:
@@ -107,7 +108,7 @@ def _of_torch(run: Callable[[], Any]) -> dict[str, float]:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-    parts = dict.fromkeys(("products", "exponentials", "passes"), 0.0)
+    parts = dict.fromkeys(KINDS, 0.0)
     for operation in profiler.key_averages():
         parts[_kind(operation.key.rpartition("::")[2])] += 1e-6 * operation.self_cpu_time_total / seconds
     return parts

@@ -11,9 +11,8 @@ do without. Nothing promises that anything reaches either.
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 
 import setattn
 from benchmarks.problem import Problem, is_absent
+from benchmarks.timing import fastest
 
 
 class Product(NamedTuple):
@@ -233,18 +233,3 @@ def measure_rates(seconds: float = 0.5) -> Rates:
         multiplications=size**3 / fastest(products, seconds),
         bytes=x.nbytes / fastest(readings, seconds),
     )
-
-
-def fastest(runs: Iterable[Callable[[], Any]], seconds: float) -> float:
-    """Return the least time that any of some calls took."""
-    return min(_best(run, seconds) for run in runs)
-
-
-def _best(run: Callable[[], Any], seconds: float) -> float:
-    run()
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best

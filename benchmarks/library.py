@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.floor import Product, Rates, Work, fastest, least
+from benchmarks.floor import Product, Rates, Work, least
+from benchmarks.timing import fastest
 
 # The passes over its numbers that a step takes at least, beside an exponential where it has one. NumPy makes every
 # operation a pass of its own: of a score the largest, the difference and the sum; of a norm two sums, the difference

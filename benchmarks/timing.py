@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,17 @@ def clock(run: Callable[[], Any], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def least(run: Callable[[], Any]) -> float:
-    """Return the least seconds of the calls that fit into a sample: the first ones take a few times as long."""
-    seconds, end = clock(run), time.perf_counter() + SAMPLE
+def fastest(runs: Iterable[Callable[[], Any]], seconds: float) -> float:
+    """Return the least time that any of some calls took."""
+    return min(_best(run, seconds) for run in runs)
+
+
+def _best(run: Callable[[], Any], seconds: float) -> float:
+    run()
+    best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        seconds = min(seconds, clock(run))
-    return seconds
+        best = min(best, clock(run))
+    return best
 
 
 def in_turns(
@@ -69,8 +75,7 @@ def in_turns(
     """
     repeats, cost = {}, 0.0
     for name, run in runs.items():
-        run()  # compiles
-        seconds = least(run)
+        seconds = fastest([run], SAMPLE)  # the first calls take a few times as long
         repeats[name] = max(1, min(1000, round(SAMPLE / max(seconds, 1e-7))))
         cost += settings.pause + seconds * (1 + repeats[name])
     rounds = int(min(max(settings.seconds / cost, settings.least_rounds), settings.most_rounds))

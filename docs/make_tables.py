@@ -119,9 +119,9 @@ def speed(date: str, results: dict[str, Any]) -> str:
         peer, floor = row["contestants"][row["best_peer"]], row["floor"]
         ours = [c for c in row["contestants"].values() if c["backend"]]
         own = [max(c["own_floor"]["of_floor"] for c in ours if c["backend"] == b) for b in ("numpy", "torch", "jax")]
-        cells = [f"{row['name']}: {row['size']}", row["best_peer"], f"{1e3 * peer['seconds']['median']:.3g}"]
+        cells = [f"{row['name']}: {row['size']}", row["best_peer"], milliseconds(peer["seconds"]["median"])]
         cells += [cell(row, backend, variant) for backend, variant, _ in columns]
-        cells += [f"{1e3 * floor['seconds']:.3g}", " / ".join(f"{of_floor:.2f}" for of_floor in own)]
+        cells += [milliseconds(floor["seconds"]), " / ".join(f"{of_floor:.2f}" for of_floor in own)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -156,9 +156,7 @@ def misses(results: dict[str, Any]) -> str:
 
 def milliseconds(seconds: float | None) -> str:
     """Write a time, if it is known."""
-    if seconds is None:
-        return "-"
-    return "0" if seconds < 5e-8 else f"{1e3 * seconds:.3g}"
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def headline(date: str, results: dict[str, Any]) -> str:
@@ -191,7 +189,7 @@ def on_gpu() -> str:
         "| --- " * (5 + len(ours)) + "|",
     ]
     for row in results["rows"]:
-        peer = f"{1e3 * row['contestants'][row['best_peer']]['seconds']['median']:.3g}"
+        peer = milliseconds(row["contestants"][row["best_peer"]]["seconds"]["median"])
         cells = [row["name"], row["precision"], row["best_peer"], peer]
         for name in ours:
             c = row["contestants"].get(name)

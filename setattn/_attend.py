@@ -83,7 +83,7 @@ def _way(query: Array, context: Context, p: Attention, o: Options, *, alone: boo
     cuts = None if size is None or s.elements <= size else cut(s.elements, size)
     written = s.heads * s.queries + (0 if context.prepare is None else 2 * s.dim)  # by a compiler, to memory
     loop = elements_in_a_loop(context.elements, written, o.xp) if size is None else None
-    if order.values == "carry_output" and not (cuts is None and loop is None):
+    if order.values == "carry_output" and (cuts is not None or loop is not None):
         order = order_of(s, context, p, o, whole=False)
     return Way(order, cuts, loop, numbers * s.elements)
 

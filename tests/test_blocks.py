@@ -266,6 +266,19 @@ def test_memory_does_not_grow_with_the_set(name, dtype):
     assert large - rounding < small * 7 / 6 + 2 * 8 * 4 * 258 * 4
 
 
+def test_a_block_is_as_long_as_what_is_made_for_its_elements_allows():
+    """Where queries and weights are carried to the elements, these have no keys and values, and more fit in a block."""
+    params = setattn.init_pma(64, num_seeds=1, num_heads=4, form="official", rng=0)
+    lengths, x = {}, normal(100_000, 64)
+    for order in (setattn.Order(), setattn.Order("carry_queries", "carry_weights")):
+        with mock.patch.object(_attend, "cut", wraps=_attend.cut) as cut:
+            setattn.pma(x, params, plan=Plan(order))
+        (lengths[order],) = {most for (size, most), _ in cut.call_args_list if size == len(x)}
+    projected, carried = lengths.values()
+    always = 2 * 64 + 3 * 4  # the element, twice, and its scores
+    assert carried / projected == pytest.approx((always + 2 * 64) / always, rel=1e-3)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_resampler_holds_its_features_once(masked):
     """Positions, a network first and a mean leave the mapped features behind, and nothing else that grows with them."""
