@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from setattn import _layers, _state
-from setattn._namespace import NumPy
+from setattn._adapters import NumPy
 
 KINDS = ("products", "exponentials", "passes")
 CALLS = 5

@@ -65,6 +65,7 @@ from setattn._perceiver_layers import cross_attention, latent_transformer
 from setattn._positions import fourier_features, sincos_features
 from setattn._resampler import perceiver_resampler
 from setattn._set_transformer import isab, pma, set_transformer
+from setattn._trace import Traced, trace
 from setattn.checkpoints._block import Block
 from setattn.checkpoints._layout import Layout
 from setattn.checkpoints._public import layouts, load, save
@@ -104,6 +105,7 @@ __all__ = [
     "SelfAttention",
     "SetTransformer",
     "ShapeError",
+    "Traced",
     "attention",
     "attention_pool",
     "attention_weights",
@@ -141,4 +143,5 @@ __all__ = [
     "save",
     "set_transformer",
     "sincos_features",
+    "trace",
 ]

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from setattn._adapters import is_about_explicit_axes
 from setattn._errors import DTypeError, NamespaceError
 from setattn._kernels import ignore_underflow
 from setattn._memory import block_bytes, in_one_chunk
 from setattn._namespace import (
     bits_of,
     device_of,
-    is_about_explicit_axes,
     is_plain,
     namespace_of,
     namespace_of_chunks,

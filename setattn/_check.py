@@ -40,7 +40,8 @@ class Width(NamedTuple):
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 
-def _belongs(call: Call, argument: str, a: Any) -> None:
+def belongs(call: Call, argument: str, a: Any) -> None:
+    """Check that something is an array of the library and device of the first one."""
     xp = namespace_of(a)
     if xp is None:
         raise NamespaceError(call.function, argument, f"a {type(a).__qualname__}", f"an array of {name_of(call.xp)}")
@@ -76,7 +77,7 @@ def floating(call: Call, argument: str, a: Any) -> None:
     """Check that an array is of the library, device and dtype of the first one."""
     if type(a) is call.kind and a.dtype == call.dtype and (call.plain or surely_meets(a, call.device, call.xp)):
         return
-    _belongs(call, argument, a)
+    belongs(call, argument, a)
     if a.dtype != call.dtype and native(a.dtype) != call.dtype:
         raise DTypeError(call.function, argument, a.dtype, f"{call.dtype}, as {call.decided_by} has", "dtype")
 
@@ -101,7 +102,7 @@ def tokens(call: Call, argument: str, x: Any) -> None:
 
 def integers(call: Call, argument: str, x: Any, reason: str = "") -> None:
     """Check the dtype of an array of integers."""
-    _belongs(call, argument, x)
+    belongs(call, argument, x)
     if not is_integral(x.dtype, call.xp):
         raise DTypeError(call.function, argument, x.dtype, f"an integer dtype{reason}", "dtype")
 
@@ -124,7 +125,7 @@ def mask(call: Call, argument: str, m: Any, shape: Shape, meaning: str) -> None:
     """Check a boolean mask against its one allowed shape."""
     if m is None:
         return
-    _belongs(call, argument, m)
+    belongs(call, argument, m)
     if not is_boolean(m.dtype, call.xp):
         wanted = "bool, True where an element takes part"
         if argument == "mask" and call.function in WITH_BIAS and bits_of(m.dtype, call.xp):

@@ -11,8 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from setattn._adapters import (
+    JAX,
+    CuPy,
+    Dask,
+    NumPy,
+    Recorder,
+    ThreadedNumPy,
+    Torch,
+    UnrecordedTorch,
+    Written,
+    WrittenNumPy,
+)
 from setattn._erf import Kernels, portable_erf
-from setattn._namespace import JAX, CuPy, Dask, NumPy, ThreadedNumPy, Torch, UnrecordedTorch, Written, why_not
+from setattn._namespace import why_not
 from setattn._threads import on_a_thread, run
 from setattn._typing import Absent, Array, Namespace
 
@@ -32,7 +44,7 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
     On NumPy the heads of a row lie side by side in memory after it, and need not be copied together.
     """
     *batch, heads, m, _ = a.shape
-    if not isinstance(xp, NumPy) or m == 1 or a.shape[:-2] != b.shape[:-2]:
+    if not isinstance(xp, WrittenNumPy) or m == 1 or a.shape[:-2] != b.shape[:-2]:
         return xp.matmul(a, b)
     out = xp.empty((*batch, m, heads, b.shape[-1]), dtype=a.dtype, device=None)
     return xp.matmul(a, b, out=out.swapaxes(-3, -2))
@@ -65,7 +77,7 @@ def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
         if isinstance(xp, JAX) and shared:
             return xp.matrix_transpose(xp.matmul(many, xp.matrix_transpose(few)))
         if isinstance(xp, NumPy) and many.shape[-2] * many.shape[-1] >= _LONG_ROWS:
-            return np.ascontiguousarray(xp.matmul(many, few.mT).mT)
+            return xp.ascontiguousarray(xp.matmul(many, few.mT).mT)
     return matmul(few, xp.matrix_transpose(many), xp)
 
 
@@ -180,7 +192,7 @@ def row_max(x: Array, xp: Namespace) -> Array:
     """
     rows, n = x.shape[-2:]
     # Of one number it would be x itself, which is written over next.
-    if not isinstance(xp, NumPy) or n == 1 or rows >= _SHORT or x.size < _MANY or x.strides[-2] != x.itemsize:
+    if n == 1 or rows >= _SHORT or not isinstance(xp, WrittenNumPy) or x.size < _MANY or x.strides[-2] != x.itemsize:
         return xp.max(x, axis=-1, keepdims=True)
     while (n := x.shape[-1]) > 1:
         half, odd = n // 2, n % 2
@@ -247,7 +259,9 @@ def relu(x: Array, xp: Namespace) -> Array:
     """
     if isinstance(xp, Torch):
         return x.relu_() if isinstance(xp, UnrecordedTorch) else x.relu()
-    return x.clip(0, math.inf, x) if isinstance(xp, NumPy) else xp.where(x <= 0, 0.0, x)
+    if isinstance(xp, NumPy):
+        return x.clip(0, math.inf, x if isinstance(xp, Written) else None)
+    return xp.where(x <= 0, 0.0, x)
 
 
 def erf(x: Array, xp: Namespace) -> Array:
@@ -257,10 +271,8 @@ def erf(x: Array, xp: Namespace) -> Array:
     if isinstance(xp, JAX):
         return xp.jax.scipy.special.erf(x)
     if isinstance(xp, CuPy):
-        from cupyx.scipy.special import erf as cupy_erf
-
-        return cupy_erf(x)
-    return portable_erf(x, xp, _IN_PLACE if isinstance(xp, NumPy) else None)
+        return xp.erf(x)
+    return portable_erf(x, xp, _IN_PLACE if isinstance(xp, WrittenNumPy) else None)
 
 
 def _clamped(x: Array, limit: float) -> Array:
@@ -280,7 +292,7 @@ def by_pieces(function: Callable[[Array, Namespace], Array]) -> Callable[[Array,
 
     @functools.wraps(function)
     def pieces(x: Array, xp: Namespace) -> Array:
-        if not isinstance(xp, NumPy) or x.size <= _PIECE or not x.flags.c_contiguous:
+        if not isinstance(xp, WrittenNumPy) or x.size <= _PIECE or not x.flags.c_contiguous:
             return function(x, xp)
         out = np.empty_like(x)
         numbers, results = x.reshape(-1), out.reshape(-1)
@@ -378,7 +390,7 @@ def count(mask: Array, xp: Namespace) -> Array:
     if isinstance(xp, Torch):
         return mask.sum(-1)
     if isinstance(xp, NumPy):
-        return np.count_nonzero(mask, axis=-1)
+        return xp.count_nonzero(mask, axis=-1)
     return xp.sum(xp.astype(mask, xp.int32), axis=-1, dtype=xp.int32)
 
 
@@ -398,17 +410,19 @@ def cumulative_count(mask: Array, xp: Namespace) -> Array:
 
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
+    if isinstance(xp, Recorder):
+        return bool(xp.look(surely_within, x, limit))
     if isinstance(xp, NumPy):
         if x.flags.c_contiguous:  # the sum of squares, a product of BLAS, is faster than both ends
             return bool(np.vdot(x, x) <= limit * limit)
         least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
         return bool(largest <= limit and least >= -limit)
-    if not isinstance(xp, Torch) or xp.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+    if not isinstance(xp, Torch) or xp.is_compiling() or x.device.type != "cpu":
         return False
     try:
-        least, largest = x.detach().aminmax()
+        least, largest = (x.detach() if x.requires_grad else x).aminmax()
         return float(largest) <= limit and float(least) >= -limit
-    except RuntimeError:  # torch.func.vmap and tensors without numbers have none to look at
+    except RuntimeError:  # no numbers, as of an empty set, or none to look at, in torch.func.vmap
         return False
 
 
@@ -427,6 +441,26 @@ def all_finite(x: Array, xp: Namespace) -> bool:
 def ignore_underflow(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a vanishing exponential is silent, whatever error state the caller has set."""
     return np.errstate(under="ignore") if isinstance(xp, NumPy) else contextlib.nullcontext()
+
+
+def without_gradients(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which PyTorch records nothing, and makes arrays that may be used wherever it does."""
+    stack = contextlib.ExitStack()
+    if isinstance(xp, Torch):
+        stack.enter_context(xp.inference_mode(False))
+        stack.enter_context(xp.no_grad())
+    return stack
+
+
+def compiled(function: Callable[..., Any], xp: Namespace) -> Callable[..., Any] | None:
+    """Return a function as the compiler of a library makes it, if it has one that takes it as it is."""
+    return xp.jax.jit(function) if isinstance(xp, JAX) else None
+
+
+def ignoring_underflow(function: Callable[..., Any], xp: Namespace) -> Callable[..., Any]:
+    """Return a function that runs in such a context."""
+    decorated: Callable[..., Any] = np.errstate(under="ignore")(function) if isinstance(xp, NumPy) else function
+    return decorated
 
 
 def only_checks(call: Callable[[], Array], xp: Namespace) -> None:

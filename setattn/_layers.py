@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from setattn import _check as check
+from setattn._adapters import to_compute_in
 from setattn._blocks import Plan, spreads
 from setattn._call import Call, widen
 from setattn._kernels import (
@@ -21,7 +22,7 @@ from setattn._kernels import (
     row_mean_square,
     surely_within,
 )
-from setattn._namespace import bits_of, to_compute_in
+from setattn._namespace import bits_of
 from setattn._params import FeedForward, LayerNorm, LengthScale, Linear, RMSNorm, is_absent
 from setattn._typing import Absent, Array, Namespace
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from setattn._namespace import JAX, CuPy, Dask, NumPy, Torch, UnrecordedTorch, Written, namespace_of, to_numpy
+from setattn._adapters import JAX, CuPy, Dask, NumPy, Torch, UnrecordedTorch, Written, WrittenNumPy
+from setattn._namespace import namespace_of, to_numpy
 from setattn._typing import Array, Namespace
 
 # --- sizes of blocks ------------------------------------------------------------------------------------------------
@@ -58,8 +59,8 @@ def is_one_cpu(xp: Namespace) -> bool:
 
 
 def has_own_threads(xp: Namespace) -> bool:
-    """Say whether a library spreads each operation over threads by itself."""
-    return not isinstance(xp, NumPy)
+    """Say whether a library spreads each operation over threads by itself, or is to have them in one order."""
+    return not isinstance(xp, WrittenNumPy)
 
 
 def _keep_heap() -> None:

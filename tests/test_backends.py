@@ -21,7 +21,7 @@ import setattn
 SLOW = ("jax.numpy", "dask.array")
 UNCOMPILED = ("mab", "gated_cross_attention", "fourier_features")
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
-HELPERS = {"convert_params", "count_params", "layouts", "load", "map_params", "save"}
+HELPERS = {"convert_params", "count_params", "layouts", "load", "map_params", "save", "trace"}
 
 
 def names(backend, dtype):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import setattn
 from setattn import Plan, _kernels, _layers
-from setattn._namespace import namespace_of, to_compute_in
+from setattn._adapters import to_compute_in
+from setattn._namespace import namespace_of
 
 XP = namespace_of(np.zeros(1))
 

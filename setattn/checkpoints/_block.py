@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from setattn._params import PerceiverIO, count_params
@@ -38,11 +38,18 @@ class Block:
 
     def __call__(self, *arrays: Array | None, **options: Any) -> Array:
         """Call the function."""
+        function, arguments, named = self.written_out(arrays, options)
+        return function(*arguments, **named)
+
+    def written_out(
+        self, arrays: tuple[Array | None, ...], options: Mapping[str, Any]
+    ) -> tuple[Callable[..., Array], tuple[Any, ...], dict[str, Any]]:
+        """Return the function and all that it is called with."""
         import setattn
 
         if isinstance(self.params, PerceiverIO) and len(arrays) == 1:
             arrays = (*arrays, None)
-        return getattr(setattn, self.function)(*arrays, self.params, **{**self.options, **options})
+        return getattr(setattn, self.function), (*arrays, self.params), {**self.options, **options}
 
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from setattn import _check as check
+from setattn._adapters import to_compute_in
 from setattn._attend import part_of_attention
 from setattn._blocks import Levels, total
 from setattn._context import Context
 from setattn._errors import OptionError, ParameterError, ShapeError
-from setattn._namespace import to_compute_in
 from setattn._state import State as Part
 from setattn._state import finish, merge_states, output
 from setattn._typing import Array

@@ -1,0 +1,319 @@
+"""Arrays that stand for those of later calls, and the list of what is done to them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import keyword
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from setattn._adapters import Recorder, recorder_of
+from setattn._namespace import is_array_or_number, name_of
+from setattn._typing import Array, Namespace
+
+# --- the list -------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A function and its arguments, with numbers for the results of other steps, and the number of its own."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
+    result: int
+    led_to: Any = None  # of a look at numbers, what it said; of an operation nothing
+
+
+class Result(NamedTuple):
+    """The number of a step, in the arguments of another."""
+
+    number: int
+
+
+class Tape:
+    """What is done to the arrays of a call, in its order. Every result is made once, and never written to."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._numbers = itertools.count()
+
+    def number(self) -> int:
+        """Return the number of the next result: the first ones are the arrays that the call is given."""
+        return next(self._numbers)
+
+    def append(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], led_to: Any = None) -> int:
+        """Record a step, and return its number."""
+        number = self.number()
+        self.steps.append(Step(function, _each(args, _named), _each(kwargs, _named), number, led_to))
+        return number
+
+
+# --- the arrays -----------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """An array of a call that is recorded: its value in the example, and which result it is; a constant is none."""
+
+    __slots__ = ("number", "tape", "value")
+    _recorder: Recorder
+
+    def __init__(self, value: Array, tape: Tape | None = None, number: int = -1) -> None:
+        self.value = value
+        self.tape = tape
+        self.number = number
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.value, name)
+        if is_array_or_number(value):
+            return _apply(operator.attrgetter(name), (self,), {}, type(self))
+        if not callable(value) or isinstance(value, type):
+            return value  # what the shape, the dtype and the device say
+        return functools.partial(_method, getattr(type(self.value), name), self)
+
+    def __array_namespace__(self, *, api_version: str | None = None) -> Namespace:
+        return self._recorder
+
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return _apply(getattr(function, method), args, kwargs, type(self))
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return _apply(function, args, kwargs, type(self))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _apply(function, args, kwargs or {}, cls)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(NO_NUMBERS)
+
+    def __bool__(self) -> bool:
+        return bool(_look(bool, self))
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    __hash__ = object.__hash__
+
+
+NO_NUMBERS = "what a traced call does can't depend on the numbers of its arrays: it is recorded for all that are given"
+
+
+def _operator(function: Callable[..., Any], *, swapped: bool = False) -> Callable[..., Any]:
+    def method(self: Recorded, *others: Any) -> Any:
+        return _apply(function, (*others, self) if swapped else (self, *others), {}, type(self))
+
+    return method
+
+
+def _number(kind: Callable[[Any], Any]) -> Callable[[Recorded], Any]:
+    def method(self: Recorded) -> Any:
+        if self.tape is not None:
+            raise TypeError(NO_NUMBERS)
+        return kind(self.value)
+
+    return method
+
+
+_BOTH_WAYS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+_ONE_WAY = ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert", "getitem")
+for _name in (*_BOTH_WAYS, *_ONE_WAY):
+    setattr(Recorded, f"__{_name.rstrip('_')}__", _operator(getattr(operator, _name)))
+for _name in _BOTH_WAYS:
+    setattr(Recorded, f"__r{_name.rstrip('_')}__", _operator(getattr(operator, _name), swapped=True))
+for _kind in (int, float, complex):
+    setattr(Recorded, f"__{_kind.__name__}__", _number(_kind))
+Recorded.__index__ = _number(operator.index)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=16)
+def kind_for(xp: Namespace) -> type[Recorded]:
+    """Return the kind of recorded arrays that stand for arrays of a library."""
+    kind: type[Recorded] = type("Recorded", (Recorded,), {"__slots__": ()})
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return _apply(function, args, kwargs, kind)
+
+        return wrapper
+
+    kind._recorder = recorder_of(xp, recorded, _look)
+    kind._recorder.__name__ = f"{name_of(xp)} that setattn.trace records"
+    return kind
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+_OF_SHAPE = {"ones_like", "zeros_like"}  # whose results are constant, whatever the numbers are
+_FACTS = {"dim", "numel", "size", "ndim", "shape", "stride", "is_contiguous", "element_size"}  # no numbers either
+
+
+def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
+    """Call a function with the values of the example, and record it where any is no constant."""
+    result = function(*_each(args, _value), **_each(kwargs, _value))
+    name = getattr(function, "__name__", "")
+    tape = None if name in _OF_SHAPE else next((a.tape for a in _recorded_in((args, kwargs)) if a.tape), None)
+    several = isinstance(result, tuple | list) and any(map(is_array_or_number, result))
+    if not several and not is_array_or_number(result):
+        if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list):
+            raise TypeError(NO_NUMBERS)
+        return result
+    if tape is None:
+        return [*map(kind, result)] if several else kind(result)
+    whole = kind(result, tape, tape.append(function, args, kwargs))
+    return [_apply(operator.getitem, (whole, i), {}, kind) for i in range(len(result))] if several else whole
+
+
+def _method(function: Callable[..., Any], x: Recorded, *args: Any, **kwargs: Any) -> Any:
+    return _apply(function, (x, *args), kwargs, type(x))
+
+
+def _look(function: Callable[..., Any], x: Recorded, *args: Any) -> Any:
+    """Look at the numbers of the example, and record where this led."""
+    said = function(x.value, *args)
+    if x.tape is not None:
+        x.tape.append(function, (x, *args), {}, said)
+    return said
+
+
+def _each(part: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to what is no tuple, list or dictionary, wherever it is in these."""
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*[_each(p, function) for p in part])
+    if isinstance(part, tuple | list):
+        return type(part)([_each(p, function) for p in part])
+    if isinstance(part, dict):
+        return {key: _each(p, function) for key, p in part.items()}
+    return function(part)
+
+
+def _value(a: Any) -> Any:
+    return a.value if isinstance(a, Recorded) else a
+
+
+def _named(a: Any) -> Any:
+    return Result(a.number) if isinstance(a, Recorded) and a.tape else _value(a)
+
+
+def _recorded_in(part: Any) -> Iterator[Recorded]:
+    if isinstance(part, Recorded):
+        yield part
+    elif isinstance(part, tuple | list | dict):
+        for p in part.values() if isinstance(part, dict) else part:
+            yield from _recorded_in(p)
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
+LED_ELSEWHERE = object()  # what a program returns where a look at numbers says something else than in the example
+
+
+def program(
+    name: str, inputs: Sequence[str], tape: Tape, result: Any, copy: Callable[[Array], Array]
+) -> tuple[Callable[..., Any], str]:
+    """Turn what was recorded into a function of arrays, and its source: without what no result depends on.
+
+    A part of the result that is constant is copied each time.
+    """
+    out = _each(result, lambda a: _named(a) if not isinstance(a, Recorded) or a.tape else _copied(a, tape, copy))
+    steps = _needed(tape.steps, out)
+    last = {number: step for step in steps for number in _numbers_in((step.args, step.kwargs))}
+    kept = {*range(len(inputs)), *_numbers_in(out)}
+    words = _Words(name, inputs)
+    lines = [f"def {words.name}({', '.join(words.inputs)}):"]
+    for step in steps:
+        call = words.call(step)
+        if step.led_to is None:
+            lines.append(f"    {words.of(Result(step.result))} = {call}")
+        else:
+            lines.append(f"    if {call} is not {step.led_to}:")
+            lines.append(f"        return {words.of(LED_ELSEWHERE)}")
+        over = [words.of(Result(number)) for number in last if last[number] is step and number not in kept]
+        if over:  # its memory is for what comes next
+            lines.append(f"    del {', '.join(over)}")
+    source = "\n".join([*lines, f"    return {words.of(out)}", ""])
+    exec(compile(source, f"<{name}, traced>", "exec"), words.known)
+    function: Callable[..., Any] = words.known[words.name]
+    return function, source
+
+
+def _copied(a: Recorded, tape: Tape, copy: Callable[[Array], Array]) -> Result:
+    return Result(tape.append(copy, (a.value,), {}))
+
+
+def _needed(steps: list[Step], out: Any) -> list[Step]:
+    """Leave the looks at numbers, and the steps that these or the result depend on."""
+    needed, found = set(_numbers_in(out)), []
+    for step in reversed(steps):
+        if step.result in needed or step.led_to is not None:
+            needed.update(_numbers_in((step.args, step.kwargs)))
+            found.append(step)
+    return found[::-1]
+
+
+def _numbers_in(part: Any) -> Iterator[int]:
+    if isinstance(part, Result):
+        yield part.number
+    elif isinstance(part, tuple | list | dict):
+        for p in part.values() if isinstance(part, dict) else part:
+            yield from _numbers_in(p)
+
+
+class _Words:
+    """The words of a program, and what they stand for."""
+
+    def __init__(self, name: str, inputs: Sequence[str]) -> None:
+        self.known: dict[str, Any] = {}
+        self._of: dict[int, str] = {}  # by identity, of what is known
+        self.inputs = [self._new(word) for word in inputs]
+        self.name = self._new(name)
+
+    def call(self, step: Step) -> str:
+        """Write a call."""
+        named = [f"{key}={self.of(value)}" for key, value in step.kwargs.items()]
+        function = self._constant(step.function, getattr(step.function, "__name__", "function"))
+        return f"{function}({', '.join([*map(self.of, step.args), *named])})"
+
+    def of(self, part: Any) -> str:
+        """Write an argument."""
+        if isinstance(part, Result):
+            return self.inputs[part.number] if part.number < len(self.inputs) else f"v{part.number}"
+        if (
+            part is None
+            or part is ...
+            or type(part) in (bool, int, str)
+            or (type(part) is float and math.isfinite(part))
+        ):
+            return "..." if part is ... else repr(part)
+        if type(part) is tuple and all(type(p) is int for p in part):
+            return repr(part)
+        return self._made_of(part) if any(True for _ in _numbers_in(part)) else self._constant(part, "c")
+
+    def _made_of(self, part: Any) -> str:
+        """Write a tuple, list or dictionary with results in it."""
+        if isinstance(part, dict):
+            return "{" + ", ".join(f"{self._constant(key, 'key')}: {self.of(p)}" for key, p in part.items()) + "}"
+        inside = "".join(f"{self.of(p)}, " for p in part).rstrip(" ")
+        if type(part) in (tuple, list):
+            return f"({inside})" if type(part) is tuple else f"[{inside}]"
+        kind = self._constant(type(part), type(part).__name__)
+        return f"{kind}({inside})" if hasattr(part, "_fields") else f"{kind}(({inside}))"
+
+    def _constant(self, value: Any, word: str) -> str:
+        return self._of.get(id(value)) or self._of.setdefault(id(value), self._new(word, value))
+
+    def _new(self, word: str, value: Any = None) -> str:
+        """Return a word that stood for nothing yet."""
+        word = "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "function"
+        word = f"{word}_" if keyword.iskeyword(word) or word[0].isdigit() else word
+        words = itertools.chain([word], map(f"{word}_{{}}".format, itertools.count(2)))
+        new = next(w for w in words if w not in self.known)
+        self.known.setdefault(new, value)
+        return new
