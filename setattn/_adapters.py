@@ -42,6 +42,12 @@ class NumPy(Adapted):
     matmul = staticmethod(np.errstate(all="ignore")(np.matmul))
     vecdot = staticmethod(np.errstate(all="ignore")(np.vecdot))
 
+    def matmul_heads(self, a: Array, b: Array) -> Array:
+        """Multiply matrices for each head; the heads of a row lie side by side in memory after it."""
+        *batch, heads, m, _ = a.shape
+        rows = self._module.empty((*batch, m, heads, b.shape[-1]), dtype=a.dtype, device=None)
+        return self.matmul(a, b, out=rows.swapaxes(-3, -2))
+
     @staticmethod
     def matrix_transpose(x: Array) -> Array:
         return x.mT
@@ -228,15 +234,15 @@ class Recorder(Adapted):
 
 
 class RecordedNumPy(Recorder, NumPy):
-    """NumPy's, where nothing is written to."""
+    """NumPy's."""
 
 
 class RecordedCuPy(Recorder, CuPy):
-    """CuPy's, where nothing is written to."""
+    """CuPy's."""
 
 
 class RecordedTorch(Recorder, Torch):
-    """PyTorch's, where nothing is written to."""
+    """PyTorch's."""
 
 
 def recorder_of(xp: Namespace, recorded: Callable[[Any], Any], look: Callable[..., Any]) -> Recorder:

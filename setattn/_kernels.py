@@ -43,11 +43,9 @@ def matmul_heads(a: Array, b: Array, xp: Namespace) -> Array:
 
     On NumPy the heads of a row lie side by side in memory after it, and need not be copied together.
     """
-    *batch, heads, m, _ = a.shape
-    if not isinstance(xp, WrittenNumPy) or m == 1 or a.shape[:-2] != b.shape[:-2]:
+    if not isinstance(xp, NumPy) or a.shape[-2] == 1 or a.shape[:-2] != b.shape[:-2]:
         return xp.matmul(a, b)
-    out = xp.empty((*batch, m, heads, b.shape[-1]), dtype=a.dtype, device=None)
-    return xp.matmul(a, b, out=out.swapaxes(-3, -2))
+    return xp.matmul_heads(a, b)
 
 
 def matmul_weights(x: Array, weights: Array, xp: Namespace) -> Array:
@@ -155,17 +153,17 @@ _IN_PLACE_OF: dict[str, Callable[[Array, Array], Array]] = {
 def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
     """Compute an operation of two arrays in the memory of the first, an intermediate result that is needed no more.
 
-    Only where nothing is recorded or traced. Memory that a large array takes anew costs more than the operation.
+    Only where no library records or traces it. Memory that a large array takes anew costs more than the operation.
     """
     function = getattr(xp, name)
-    if isinstance(xp, Written):
+    if isinstance(xp, NumPy | CuPy):
         return function(a, b, out=a)
     return _IN_PLACE_OF[name](a, b) if isinstance(xp, UnrecordedTorch) else function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
-    if isinstance(xp, Written):
+    if isinstance(xp, NumPy | CuPy):
         return xp.exp(a, out=a)
     return a.exp_() if isinstance(xp, UnrecordedTorch) else xp.exp(a)
 

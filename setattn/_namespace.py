@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from setattn._adapters import ADAPTERS, JAX, Adapted, CuPy, Dask, NumPy, Torch, adapted
+from setattn._adapters import ADAPTERS, JAX, Adapted, CuPy, Dask, NumPy, Recorder, Torch, adapted
 from setattn._typing import Array, Namespace
 
 _namespaces: dict[type, Namespace] = {}
@@ -168,6 +168,8 @@ def surely_meets(a: Array, device: Any, xp: Namespace) -> bool:
 
 def facts_of(xp: Namespace) -> Callable[[Array], tuple[Any, ...]] | None:
     """Return what tells at once all that checks look at in an array of a given type, where a library has that."""
+    if isinstance(xp, Recorder):
+        return None
     return _FACTS_OF_NUMPY if isinstance(xp, NumPy) else _FACTS_OF_TORCH if isinstance(xp, Torch) else None
 
 
@@ -177,9 +179,9 @@ _FACTS_OF_TORCH = operator.attrgetter("shape", "dtype", "device", "layout", "is_
 
 def signature(tree: Any, xp: Namespace) -> list[Any] | None:
     """Return all that the checks of a parameter tree look at, where its arrays tell it at once."""
-    kind = np.ndarray if isinstance(xp, NumPy) else xp.Tensor if isinstance(xp, Torch) else None
+    facts, kind = facts_of(xp), np.ndarray if isinstance(xp, NumPy) else getattr(xp, "Tensor", None)
     found: list[Any] = []
-    return found if kind is not None and isinstance(tree, tuple) and _read(tree, kind, facts_of(xp), found) else None
+    return found if facts is not None and isinstance(tree, tuple) and _read(tree, kind, facts, found) else None
 
 
 def _read(tree: tuple[Any, ...], kind: Any, facts: Any, found: list[Any]) -> bool:

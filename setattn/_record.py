@@ -34,7 +34,10 @@ class Result(NamedTuple):
 
 
 class Tape:
-    """What is done to the arrays of a call, in its order. Every result is made once, and never written to."""
+    """What is done to the arrays of a call, in its order.
+
+    Nothing else is written to than what is given as ``out``, which is needed no more: the result of that step is.
+    """
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -156,9 +159,11 @@ _FACTS = {"dim", "numel", "size", "ndim", "shape", "stride", "is_contiguous", "e
 
 def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
     """Call a function with the values of the example, and record it where any is no constant."""
-    result = function(*_each(args, _value), **_each(kwargs, _value))
     name = getattr(function, "__name__", "")
     tape = None if name in _OF_SHAPE else next((a.tape for a in _recorded_in((args, kwargs)) if a.tape), None)
+    if isinstance(out := kwargs.get("out"), Recorded) and out.tape is None:
+        args, kwargs = _spared(out, args, kwargs, tape)
+    result = function(*_each(args, _value), **_each(kwargs, _value))
     several = isinstance(result, tuple | list) and any(map(is_array_or_number, result))
     if not several and not is_array_or_number(result):
         if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list):
@@ -168,6 +173,14 @@ def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind
         return [*map(kind, result)] if several else kind(result)
     whole = kind(result, tape, tape.append(function, args, kwargs))
     return [_apply(operator.getitem, (whole, i), {}, kind) for i in range(len(result))] if several else whole
+
+
+def _spared(out: Recorded, args: Any, kwargs: Any, tape: Tape | None) -> Any:
+    """Put a copy in the place of a constant that would be written to: other calls use it, and other steps may."""
+    copy, kind = type(out.value).copy, type(out)
+    value = copy(out.value, "K")
+    new = kind(value) if tape is None else kind(value, tape, tape.append(copy, (out.value, "K"), {}))
+    return _each((args, kwargs), lambda a: new if a is out else a)
 
 
 def _method(function: Callable[..., Any], x: Recorded, *args: Any, **kwargs: Any) -> Any:
