@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,28 +39,38 @@ def setattn_contestants(problem: Problem, backends: tuple[str, ...]) -> Iterator
     """Yield setattn on each backend, and there in each variant."""
     for backend in backends:
         for variant, extra in VARIANTS[backend].items():
+            if problem.traced and variant:  # a traced call takes one thread
+                continue
             name = f"setattn, {backend}" + (f", {variant}" if variant else "")
             yield Contestant(name, CALLS[backend](problem, problem.options | extra), backend, variant)
 
 
 def on_numpy(problem: Problem, options: dict[str, Any]) -> Callable[[], Array]:
-    return functools.partial(problem.function, *problem.inputs, problem.params, **options)
+    return _call(problem, problem.inputs, problem.params, options)
+
+
+def _call(problem: Problem, inputs: Sequence[Array], params: Any, options: dict[str, Any]) -> Callable[[], Array]:
+    if problem.traced:
+        return functools.partial(setattn.trace(problem.function, *inputs, params, **options), *inputs)
+    return functools.partial(problem.function, *inputs, params, **options)
 
 
 def on_torch(problem: Problem, options: dict[str, Any]) -> Callable[[], Array]:
     import torch
 
     inputs = [torch.from_numpy(x) for x in problem.inputs]
-    return functools.partial(problem.function, *inputs, setattn.convert_params(problem.params, torch), **options)
+    return _call(problem, inputs, setattn.convert_params(problem.params, torch), options)
 
 
 def on_jax(problem: Problem, options: dict[str, Any]) -> Callable[[], Array]:
     import jax
 
-    jitted = jax.jit(functools.partial(problem.function, **options))
-    arguments = [jax.numpy.asarray(x) for x in problem.inputs]
-    arguments.append(setattn.convert_params(problem.params, jax.numpy))
-    return lambda: jax.block_until_ready(jitted(*arguments))
+    inputs, params = [jax.numpy.asarray(x) for x in problem.inputs], setattn.convert_params(problem.params, jax.numpy)
+    if problem.traced:
+        call = _call(problem, inputs, params, options)
+    else:
+        call = functools.partial(jax.jit(functools.partial(problem.function, **options)), *inputs, params)
+    return lambda: jax.block_until_ready(call())
 
 
 CALLS = {"numpy": on_numpy, "torch": on_torch, "jax": on_jax}

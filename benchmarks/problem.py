@@ -22,6 +22,7 @@ class Problem:
     inputs: tuple[np.ndarray, ...]
     params: Any
     options: dict[str, Any] = field(default_factory=dict)
+    traced: bool = False  # whether setattn's calls are recorded before, by setattn.trace
 
     def reference(self) -> np.ndarray:
         """Compute the result in float64, which every contestant is compared with."""

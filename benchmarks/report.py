@@ -61,7 +61,7 @@ def measure_row(
                 "of_floor": floor.seconds / spreads[name].median,
                 "ratio": vars(ratio(samples[best], samples[name])) if best else None,
                 "rounds": len(samples[name]),
-                "account": accounted(c, spreads[name].median),
+                "account": None if problem.traced else accounted(c, spreads[name].median),
             }
             for name, c in contestants.items()
         },

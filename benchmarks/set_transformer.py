@@ -12,12 +12,12 @@ import setattn
 from benchmarks.problem import Array, Peer, Problem, Row, generator, normal, trained
 
 
-def pma(form: str, seeds: int, n: int = 100_000, dim: int = 256, heads: int = 8) -> Problem:
+def pma(form: str, seeds: int, n: int = 100_000, dim: int = 256, heads: int = 8, traced: bool = False) -> Problem:
     rng = generator()
     kind = "official" if form == "official" else "post_norm"
     params = setattn.init_pma(dim, num_seeds=seeds, num_heads=heads, form=kind, norm="layer", rng=rng)
     params = trained(params, rng)._replace(seeds=normal(rng, seeds, dim))
-    return Problem(setattn.pma, (normal(rng, n, dim),), params, scale(form, dim))
+    return Problem(setattn.pma, (normal(rng, n, dim),), params, scale(form, dim), traced)
 
 
 def isab(form: str, inducing: int, n: int = 100_000, dim: int = 128, heads: int = 4) -> Problem:
@@ -156,16 +156,20 @@ ROWS = [
         heads=8,
     ),
     row("small sets: SAB, SAB, PMA", "1 024 x 32 x 64, 4 heads", small_sets, PYG, 1.0, 1.0, 1.0),
-    row(
-        "one small set: PMA (latency)",
-        "64 x 64, 4 heads",
-        pma,
-        PYG,
-        *(1.0, 0.8, 1.0),
-        form="paper",
-        seeds=1,
-        n=64,
-        dim=64,
-        heads=4,
+    *(
+        row(
+            name,
+            "64 x 64, 4 heads",
+            pma,
+            PYG,
+            *(1.0, 0.8, 1.0),
+            form="paper",
+            seeds=1,
+            n=64,
+            dim=64,
+            heads=4,
+            traced=traced,
+        )
+        for name, traced in (("one small set: PMA (latency)", False), ("one small set: PMA, traced", True))
     ),
 ]

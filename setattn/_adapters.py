@@ -17,6 +17,8 @@ from setattn._typing import Array, Namespace, Shape
 class Adapted:
     """A namespace, but for some of its functions."""
 
+    composed: tuple[str, ...] = ()  # which of these call others of them
+
     def __init__(self, module: Namespace) -> None:
         self._module = module
         self.__name__ = module.__name__
@@ -95,10 +97,13 @@ class WrittenCuPy(CuPy, Written):
 class Torch(Adapted):
     """PyTorch's, past the promotion of dtypes: the arrays of a call have one."""
 
+    composed = ("matmul",)
+
     def __init__(self, module: Namespace) -> None:
         super().__init__(module)
         torch = sys.modules["torch"]
-        self.exp, self.sqrt, self.isfinite, self.matmul = torch.exp, torch.sqrt, torch.isfinite, torch.matmul
+        self.exp, self.sqrt, self.isfinite = torch.exp, torch.sqrt, torch.isfinite
+        self.mm, self.bmm, self.batched_matmul = torch.mm, torch.bmm, torch.matmul
         self.add, self.subtract, self.multiply, self.divide = torch.add, torch.sub, torch.mul, torch.div
         self.where, self.reshape, self.permute_dims = torch.where, torch.reshape, torch.permute
         self.widths = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
@@ -107,6 +112,13 @@ class Torch(Adapted):
         self.finfo, self.strided, self.Tensor = torch.finfo, torch.strided, torch.Tensor
         self.is_compiling = torch.compiler.is_compiling
         self.inference_mode, self.no_grad = torch.inference_mode, torch.no_grad
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply matrices; one, or a batch of them on both sides, without looking for what else there could be."""
+        axes = a.ndim, b.ndim
+        if axes == (2, 2):
+            return self.mm(a, b)
+        return self.bmm(a, b) if axes == (3, 3) and a.shape[0] == b.shape[0] else self.batched_matmul(a, b)
 
     @staticmethod
     def matrix_transpose(x: Array) -> Array:
@@ -219,7 +231,7 @@ class Recorder(Adapted):
         super().__init__(xp._module if isinstance(xp, Adapted) else xp)
         self._xp, self._recorded, self._look = xp, recorded, look
         for name in dir(xp):
-            if not name.startswith("_"):
+            if not name.startswith("_") and name not in self.composed:
                 setattr(self, name, self._of(getattr(xp, name)))
 
     def __getattr__(self, name: str) -> Any:
@@ -229,8 +241,8 @@ class Recorder(Adapted):
         return self._recorded(value) if callable(value) and not isinstance(value, type) else value
 
     def look(self, function: Callable[..., Any], x: Array, *args: Any) -> Any:
-        """Call ``function(x, *args, xp)``, which looks at numbers, and note which way it leads."""
-        return self._look(function, x, *args, self._xp)
+        """Call ``function(x, *args)``, which looks at numbers, and note which way it leads."""
+        return self._look(function, x, *args)
 
 
 class RecordedNumPy(Recorder, NumPy):

@@ -66,9 +66,10 @@ def begin(
     held = namespace_of_chunks(rows if lazy is xp else x, xp)
     chunks = held if by_chunks else None
     eager = chunks is not None or block_bytes(x, xp) is not None
-    device = None if held else device_of(x, xp)
+    plain = is_plain(xp)
+    device = None if plain or held else device_of(x, xp)
     dtype, kind = native(x.dtype), type(x)
-    return Call(function, xp, dtype, device, bits == 16, kind, is_plain(xp), eager, decided_by, held, chunks, argument)
+    return Call(function, xp, dtype, device, bits == 16, kind, plain, eager, decided_by, held, chunks, argument)
 
 
 def evaluate(call: Call, body: Callable[..., Array], params: Any, threads: int = 1) -> Array:

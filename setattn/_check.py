@@ -222,7 +222,7 @@ def integer(function: str, argument: str, value: Any, *, least: int = 1, multipl
 def plan(call: Call, value: Any) -> Plan:
     """Check how a result is to be computed, and return it as it holds for the library at hand."""
     if value is None:
-        return Plan()
+        return _USUAL
     if not isinstance(value, Plan):
         raise OptionError(call.function, "plan", repr(value), "a setattn.Plan")
     order, size, threads, recompute = value
@@ -241,6 +241,9 @@ def plan(call: Call, value: Any) -> Plan:
         wanted = "1, as the package threadpoolctl is not installed"
         raise OptionError(call.function, "plan.threads", repr(threads), wanted)
     return value
+
+
+_USUAL = Plan()
 
 
 def choice(function: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -76,6 +76,8 @@ def matmul_rows(few: Array, many: Array, xp: Namespace) -> Array:
             return xp.matrix_transpose(xp.matmul(many, xp.matrix_transpose(few)))
         if isinstance(xp, NumPy) and many.shape[-2] * many.shape[-1] >= _LONG_ROWS:
             return xp.ascontiguousarray(xp.matmul(many, few.mT).mT)
+    if isinstance(xp, Torch) and not isinstance(xp, UnrecordedTorch) and len(many.shape) == 2:
+        return xp.linear(few, many)
     return matmul(few, xp.matrix_transpose(many), xp)
 
 
@@ -166,6 +168,13 @@ def exp_into(a: Array, xp: Namespace) -> Array:
     if isinstance(xp, NumPy | CuPy):
         return xp.exp(a, out=a)
     return a.exp_() if isinstance(xp, UnrecordedTorch) else xp.exp(a)
+
+
+def add_product(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
+    """Compute ``a + b c`` in the same way: by one operation where a library has one."""
+    if isinstance(xp, Torch):
+        return a.addcmul_(b, c) if isinstance(xp, UnrecordedTorch) else a.addcmul(b, c)
+    return into("add", a, b * c, xp)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -408,15 +417,23 @@ def cumulative_count(mask: Array, xp: Namespace) -> Array:
 
 def surely_within(x: Array, limit: float, xp: Namespace) -> bool:
     """Say whether no number is beyond a limit, where a look at the numbers costs little: eagerly, on a CPU."""
-    if isinstance(xp, Recorder):
-        return bool(xp.look(surely_within, x, limit))
     if isinstance(xp, NumPy):
-        if x.flags.c_contiguous:  # the sum of squares, a product of BLAS, is faster than both ends
-            return bool(np.vdot(x, x) <= limit * limit)
-        least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
-        return bool(largest <= limit and least >= -limit)
-    if not isinstance(xp, Torch) or xp.is_compiling() or x.device.type != "cpu":
+        look = _squares_within
+    elif isinstance(xp, Torch) and not xp.is_compiling() and x.device.type == "cpu":
+        look = _ends_within
+    else:
         return False
+    return bool(xp.look(look, x, limit)) if isinstance(xp, Recorder) else look(x, limit)
+
+
+def _squares_within(x: Array, limit: float) -> bool:
+    if x.flags.c_contiguous:  # the sum of squares, a product of BLAS, is faster than both ends
+        return bool(np.vdot(x, x) <= limit * limit)
+    least, largest = np.minimum.reduce(x, axis=None, initial=0), np.maximum.reduce(x, axis=None, initial=0)
+    return bool(largest <= limit and least >= -limit)
+
+
+def _ends_within(x: Array, limit: float) -> bool:
     try:
         least, largest = (x.detach() if x.requires_grad else x).aminmax()
         return float(largest) <= limit and float(least) >= -limit

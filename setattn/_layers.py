@@ -81,7 +81,7 @@ def linear(x: Array, p: Linear | Absent, xp: Namespace) -> Array:
     """Compute ``x @ weight + bias``, or ``x`` itself where the map is absent."""
     if not isinstance(p, Linear):
         return x
-    return matmul(x, p.weight, xp) if is_absent(p.bias) else matmul_add(x, p.weight, p.bias, xp)
+    return matmul(x, p.weight, xp) if isinstance(p.bias, tuple) else matmul_add(x, p.weight, p.bias, xp)
 
 
 def affine(x: Array, p: Linear | Absent, o: Options) -> Array:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from setattn._adapters import Recorder, recorder_of
-from setattn._namespace import is_array_or_number, name_of
+from setattn._errors import ParameterError
+from setattn._namespace import is_array_or_number, name_of, namespace_of, snapshot
 from setattn._typing import Array, Namespace
 
 # --- the list -------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Recorded:
         return _apply(function, args, kwargs or {}, cls)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(NO_NUMBERS)
+        _refuse()
 
     def __bool__(self) -> bool:
         return bool(_look(bool, self))
@@ -103,7 +104,9 @@ class Recorded:
     __hash__ = object.__hash__
 
 
-NO_NUMBERS = "what a traced call does can't depend on the numbers of its arrays: it is recorded for all that are given"
+def _refuse() -> NoReturn:
+    got, wanted = "one that takes numbers out of its arrays", "one that does the same to all, but for an if on them"
+    raise ParameterError("trace", "function", got, wanted)
 
 
 def _operator(function: Callable[..., Any], *, swapped: bool = False) -> Callable[..., Any]:
@@ -116,7 +119,7 @@ def _operator(function: Callable[..., Any], *, swapped: bool = False) -> Callabl
 def _number(kind: Callable[[Any], Any]) -> Callable[[Recorded], Any]:
     def method(self: Recorded) -> Any:
         if self.tape is not None:
-            raise TypeError(NO_NUMBERS)
+            _refuse()
         return kind(self.value)
 
     return method
@@ -167,7 +170,7 @@ def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind
     several = isinstance(result, tuple | list) and any(map(is_array_or_number, result))
     if not several and not is_array_or_number(result):
         if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list):
-            raise TypeError(NO_NUMBERS)
+            _refuse()
         return result
     if tape is None:
         return [*map(kind, result)] if several else kind(result)
@@ -177,9 +180,9 @@ def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind
 
 def _spared(out: Recorded, args: Any, kwargs: Any, tape: Tape | None) -> Any:
     """Put a copy in the place of a constant that would be written to: other calls use it, and other steps may."""
-    copy, kind = type(out.value).copy, type(out)
-    value = copy(out.value, "K")
-    new = kind(value) if tape is None else kind(value, tape, tape.append(copy, (out.value, "K"), {}))
+    kind, constant = type(out), (out.value, namespace_of(out.value))
+    value = snapshot(*constant)
+    new = kind(value) if tape is None else kind(value, tape, tape.append(snapshot, constant, {}))
     return _each((args, kwargs), lambda a: new if a is out else a)
 
 

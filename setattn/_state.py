@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from setattn._context import Context, mark
 from setattn._kernels import (
+    add_product,
     at_least,
     exp_into,
     fused_attention,
@@ -106,7 +107,7 @@ def of_values(state: State, order: Order, p: Attention, xp: Namespace) -> State:
         return state
     weighted = matmul_weights(state.weighted, xp.permute_dims(p.value.weight, (1, 0, 2)), xp)
     if not is_absent(p.value.bias):
-        weighted = into("add", weighted, state.total * p.value.bias[:, None, :], xp)
+        weighted = add_product(weighted, state.total, p.value.bias[:, None, :], xp)
     return State(state.largest, state.total, weighted)
 
 

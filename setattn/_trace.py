@@ -122,18 +122,17 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     Returns
     -------
     Traced
-        A function of the arrays alone, given by position or by name as they were here. It returns what
-        ``function`` does, rounded as well; where it looks at numbers to choose between two ways, as a norm does for
-        numbers whose squares would overflow, and finds another one than in the example, it calls ``function`` itself.
+        A function of the arrays alone, given by position or by name as they were here. It returns what ``function``
+        does: on NumPy, with one thread, the same bits, elsewhere the same to rounding. Where it looks at numbers to
+        choose between two ways, as a norm does for those whose squares would overflow, and finds another one than in
+        the example, it calls ``function`` itself.
 
     Raises
     ------
     NamespaceError
         If no argument is an array, or one is of Dask, which records calls itself.
     ParameterError
-        If ``function`` is none.
-    TypeError
-        If what ``function`` does depends on numbers of the arrays otherwise than by a comparison.
+        If ``function`` is none, or takes numbers out of the arrays, as ``float`` does.
     ArgumentError
         As the call itself raises it. A traced call raises :class:`ShapeError`, :class:`DTypeError`,
         :class:`NamespaceError` and :class:`ParameterError` for other arrays than those it was traced with.
@@ -146,9 +145,9 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     -----
     Cost: that of a call with the example. The result holds a copy of the parameters, and what was computed of them.
 
-    A traced call takes one thread of NumPy, and holds more at a time than a call: nothing is computed in place. It is
-    for sets so small that they take microseconds. On PyTorch, gradients reach the arrays, and not the parameters. On
-    JAX, this is ``jax.jit`` with constant parameters, and a look at numbers leads nowhere.
+    It is for sets so small that they take microseconds: of a large one each block is recorded, and NumPy takes one
+    thread for them. On PyTorch, gradients reach the arrays, and not the parameters. On JAX, this is ``jax.jit`` with
+    constant parameters.
 
     Examples
     --------

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")] if DOCS.is_dir() else [])
 FUNCTIONS = [n for n in setattn.__all__ if inspect.isfunction(getattr(setattn, n))]
-HELPERS = ("attention_weights", "convert_params", "map_params", "count_params", "load", "save", "layouts")
+HELPERS = ("attention_weights", "convert_params", "map_params", "count_params", "load", "save", "layouts", "trace")
 BLOCKS = [n for n in FUNCTIONS if not n.startswith("init_") and n not in HELPERS]
 FENCE = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?^```pycon\n(?P<code>.*?)^```$", re.M | re.S)
 

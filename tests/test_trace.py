@@ -172,7 +172,7 @@ def steps(traced):
 SMALL = np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)
 
 
-@pytest.mark.parametrize(("backend", "most"), [("numpy", 59), ("torch", 34)], indirect=["backend"])
+@pytest.mark.parametrize(("backend", "most"), [("numpy", 59), ("torch", 32)], indirect=["backend"])
 def test_one_small_set_takes_few_operations(backend, most):
     """What depends on parameters alone is done once: a third of what the call does."""
     params = backend.params(setattn.init_pma(64, num_seeds=1, num_heads=4, rng=0), "float32")
@@ -284,7 +284,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_cannot_be_taken_out(name):
-    with pytest.raises(TypeError, match=r"numbers of its arrays|item assignment"):
+    with pytest.raises(TypeError, match=r"trace: argument 'function' is one that takes numbers out|item assignment"):
         setattn.trace(NUMBERS[name], np.ones((2, 2)))
 
 
