@@ -30,7 +30,7 @@ _OR_ABSENT = ", or () where the part may be absent"
 _OPTIONAL = (Linear, LayerNorm, FeedForward, InputEmbedding, MeanHead)
 
 
-_fitting: set[tuple[Any, ...] | None] = set()  # what is known of parameters that fitted: nothing of their numbers
+_fitting: set[tuple[Any, ...]] = set()  # what is known of parameters that fitted: nothing of their numbers
 _MOST = 256
 
 
@@ -41,13 +41,13 @@ def once(check: Callable[..., Any], call: Call, p: Any, *widths: Width, **option
     set; to see that they are all the same as in another call takes a fifth of that. A tree that failed is not known.
     """
     known, key = signature(p, call.xp) if call.eager else None, None
-    if known is not None:
+    if known is not None:  # a trace of PyTorch would look at all that has passed
         key = (check, call.dtype, call.device, *options.items(), *[width.size for width in widths], *known)
-    try:
-        if key in _fitting:
-            return
-    except TypeError:  # sizes that are symbols, in a trace of PyTorch, have no hash
-        key = None
+        try:
+            if key in _fitting:
+                return
+        except TypeError:  # sizes that are symbols have no hash
+            key = None
     check(call, "params", p, *widths, **options)
     if key is not None:
         if len(_fitting) >= _MOST:
