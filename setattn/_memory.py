@@ -59,7 +59,7 @@ def is_one_cpu(xp: Namespace) -> bool:
 
 
 def has_own_threads(xp: Namespace) -> bool:
-    """Say whether a library spreads each operation over threads by itself, or is to have them in one order."""
+    """Say whether a library spreads each operation over threads by itself, or has them recorded one after the other."""
     return not isinstance(xp, WrittenNumPy)
 
 

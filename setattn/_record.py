@@ -72,6 +72,8 @@ class Recorded:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            _refuse_to_write()
         value = getattr(self.value, name)
         if is_array_or_number(value):
             return _apply(operator.attrgetter(name), (self,), {}, type(self))
@@ -83,17 +85,20 @@ class Recorded:
         return self._recorder
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return _apply(getattr(function, method), args, kwargs, type(self))
+        return _from_outside(getattr(function, method), args, kwargs, type(self))
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return _apply(function, args, kwargs, type(self))
+        return _from_outside(function, args, kwargs, type(self))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _apply(function, args, kwargs or {}, cls)
+        return _from_outside(function, args, kwargs or {}, cls)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse()
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        _refuse_to_write()
 
     def __bool__(self) -> bool:
         return bool(_look(bool, self))
@@ -107,6 +112,10 @@ class Recorded:
 def _refuse() -> NoReturn:
     got, wanted = "one that takes numbers out of its arrays", "one that does the same to all, but for an if on them"
     raise ParameterError("trace", "function", got, wanted)
+
+
+def _refuse_to_write() -> NoReturn:
+    raise ParameterError("trace", "function", "one that writes to an array", "one that makes new ones")
 
 
 def _operator(function: Callable[..., Any], *, swapped: bool = False) -> Callable[..., Any]:
@@ -157,7 +166,18 @@ def kind_for(xp: Namespace) -> type[Recorded]:
 
 
 _OF_SHAPE = {"ones_like", "zeros_like"}  # whose results are constant, whatever the numbers are
-_FACTS = {"dim", "numel", "size", "ndim", "shape", "stride", "is_contiguous", "element_size"}  # no numbers either
+_FACTS = {  # no numbers either
+    "dim",
+    "element_size",
+    "get_device",
+    "is_complex",
+    "is_contiguous",
+    "is_floating_point",
+    "ndim",
+    "numel",
+    "size",
+    "stride",
+}
 
 
 def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
@@ -169,13 +189,20 @@ def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind
     result = function(*_each(args, _value), **_each(kwargs, _value))
     several = isinstance(result, tuple | list) and any(map(is_array_or_number, result))
     if not several and not is_array_or_number(result):
-        if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list):
+        if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list | bytes):
             _refuse()
         return result
     if tape is None:
         return [*map(kind, result)] if several else kind(result)
     whole = kind(result, tape, tape.append(function, args, kwargs))
     return [_apply(operator.getitem, (whole, i), {}, kind) for i in range(len(result))] if several else whole
+
+
+def _from_outside(function: Callable[..., Any], args: Any, kwargs: Any, kind: type[Recorded]) -> Any:
+    """Call a function that another library has found an array of this one among the arguments of."""
+    if kwargs.get("out") is not None:
+        _refuse_to_write()
+    return _apply(function, args, kwargs, kind)
 
 
 def _spared(out: Recorded, args: Any, kwargs: Any, tape: Tape | None) -> Any:

@@ -278,14 +278,26 @@ NUMBERS = {
     "tolist": lambda x: x.tolist(),
     "item": lambda x: x * x.sum().item(),
     "array": lambda x: np.asarray(x),
-    "fill": lambda x: operator.setitem(x, 0, 1.0),
+    "bytes": lambda x: x.tobytes(),
+}
+WRITTEN = {
+    "item": lambda x: operator.setitem(x, 0, 1.0),
+    "out": lambda x: np.add(x, 1.0, out=x),
+    "function": lambda x: np.concatenate([x, x], out=x),
+    "method": lambda x: x.add_(1.0),
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_cannot_be_taken_out(name):
-    with pytest.raises(TypeError, match=r"trace: argument 'function' is one that takes numbers out|item assignment"):
+    with pytest.raises(setattn.ParameterError, match="trace: argument 'function' is one that takes numbers out"):
         setattn.trace(NUMBERS[name], np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_arrays_cannot_be_written_to(name):
+    with pytest.raises(setattn.ParameterError, match="'function' is one that writes to an array; wanted"):
+        setattn.trace(WRITTEN[name], np.ones((2, 2)))
 
 
 def test_numbers_of_constants_can():
