@@ -166,6 +166,17 @@ def kind_for(xp: Namespace) -> type[Recorded]:
 
 
 _OF_SHAPE = {"ones_like", "zeros_like"}  # whose results are constant, whatever the numbers are
+_SHAPED_BY_NUMBERS = {  # so that what follows, which goes by shapes, would be done for those of the example
+    "argwhere",
+    "flatnonzero",
+    "masked_select",
+    "nonzero",
+    "unique",
+    "unique_all",
+    "unique_counts",
+    "unique_inverse",
+    "unique_values",
+}
 _FACTS = {  # no numbers either
     "dim",
     "element_size",
@@ -183,6 +194,8 @@ _FACTS = {  # no numbers either
 def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
     """Call a function with the values of the example, and record it where any is no constant."""
     name = getattr(function, "__name__", "")
+    if name in _SHAPED_BY_NUMBERS or (function is operator.getitem and any(map(_is_boolean, _recorded_in(args[1:])))):
+        _refuse()
     tape = None if name in _OF_SHAPE else next((a.tape for a in _recorded_in((args, kwargs)) if a.tape), None)
     if isinstance(out := kwargs.get("out"), Recorded) and out.tape is None:
         args, kwargs = _spared(out, args, kwargs, tape)
@@ -234,6 +247,10 @@ def _each(part: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(part, dict):
         return {key: _each(p, function) for key, p in part.items()}
     return function(part)
+
+
+def _is_boolean(a: Recorded) -> bool:
+    return bool(a.value.dtype == a._recorder.bool)
 
 
 def _value(a: Any) -> Any:

@@ -132,7 +132,8 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     NamespaceError
         If no argument is an array, or one is of Dask, which records calls itself.
     ParameterError
-        If ``function`` is none, takes numbers out of the arrays, as ``float`` does, or writes to them.
+        If ``function`` is none, takes numbers out of the arrays, as ``float`` and a boolean index do, or writes to
+        them.
     ArgumentError
         As the call itself raises it. A traced call raises :class:`ShapeError`, :class:`DTypeError`,
         :class:`NamespaceError` and :class:`ParameterError` for other arrays than those it was traced with.

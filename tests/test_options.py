@@ -86,7 +86,7 @@ def test_chosen_backends(run, workers):
 
 def test_cupy_is_one_more_backend(run):
     """With CuPy, or what looks like it, all tests of the matrix run on it by one command."""
-    files = ("test_backends.py", "test_dask.py", "test_dtypes.py", "test_empty.py")
+    files = ("test_backends.py", "test_dask.py", "test_dtypes.py", "test_empty.py", "test_trace.py")
     code, output = run("--backends", "cupy", "--require-backends", "cupy", *files, "-k", "cupy", plugin="fake_cupy")
     assert code == pytest.ExitCode.OK, output
     assert "\ncupy: (" in output

@@ -279,6 +279,9 @@ NUMBERS = {
     "item": lambda x: x * x.sum().item(),
     "array": lambda x: np.asarray(x),
     "bytes": lambda x: x.tobytes(),
+    "boolean index": lambda x: x[x > 0].sum() / x[x > 0].shape[0],
+    "nonzero": lambda x: x[np.nonzero(x)],
+    "unique": lambda x: np.unique(x),
 }
 WRITTEN = {
     "item": lambda x: operator.setitem(x, 0, 1.0),
