@@ -216,6 +216,11 @@ class JAX(Adapted):
         return self.jax.sharding.NamedSharding(b.aval.sharding.mesh, spec)
 
 
+def is_about_numbers(error: Exception) -> bool:
+    """Say whether an error is that of JAX where a function that is traced goes by the numbers of its arrays."""
+    return "ConcretizationTypeError" in [kind.__name__ for kind in type(error).__mro__]
+
+
 def is_about_explicit_axes(error: Exception) -> bool:
     """Say whether an error is that of JAX where arrays are sharded over explicit axes in ways that do not fit."""
     return type(error).__name__ in ("ShardingTypeError", "DuplicateSpecError")
@@ -227,9 +232,11 @@ def is_about_explicit_axes(error: Exception) -> bool:
 class Recorder(Adapted):
     """A library's functions for arrays that stand for those of later calls, as :mod:`setattn._record` makes them."""
 
-    def __init__(self, xp: Namespace, recorded: Callable[[Any], Any], look: Callable[..., Any]) -> None:
+    def __init__(
+        self, xp: Namespace, recorded: Callable[[Any], Any], in_place: Callable[..., Any], look: Callable[..., Any]
+    ) -> None:
         super().__init__(xp._module if isinstance(xp, Adapted) else xp)
-        self._xp, self._recorded, self._look = xp, recorded, look
+        self._xp, self._recorded, self._in_place, self._look = xp, recorded, in_place, look
         for name in dir(xp):
             if not name.startswith("_") and name not in self.composed:
                 setattr(self, name, self._of(getattr(xp, name)))
@@ -239,6 +246,12 @@ class Recorder(Adapted):
 
     def _of(self, value: Any) -> Any:
         return self._recorded(value) if callable(value) and not isinstance(value, type) else value
+
+    def in_place(self, name: str, a: Array, *others: Array) -> Array:
+        """Call a function by name, whose result may take the place of the first argument."""
+        if isinstance(self._xp, Written):
+            return self._in_place(getattr(self._xp, name), a, *others)
+        return getattr(self, name)(a, *others)
 
     def look(self, function: Callable[..., Any], x: Array, *args: Any) -> Any:
         """Call ``function(x, *args)``, which looks at numbers, and note which way it leads."""
@@ -257,11 +270,11 @@ class RecordedTorch(Recorder, Torch):
     """PyTorch's."""
 
 
-def recorder_of(xp: Namespace, recorded: Callable[[Any], Any], look: Callable[..., Any]) -> Recorder:
-    """Return a namespace for recorded arrays of a library: each of its functions is given to ``recorded`` once."""
+def recorder_of(xp: Namespace, *hooks: Callable[..., Any]) -> Recorder:
+    """Return a namespace for recorded arrays of a library: what its functions do goes through the hooks."""
     own: dict[type[Adapted], type[Recorder]] = {NumPy: RecordedNumPy, CuPy: RecordedCuPy, Torch: RecordedTorch}
     kind = next((own[adapter] for adapter in own if isinstance(xp, adapter)), Recorder)
-    return kind(xp, recorded, look)
+    return kind(xp, *hooks)
 
 
 # --- one for each library -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from setattn._memory import Parts, Span, block_bytes, is_written, loop_bytes, part_of, repeat
+from setattn._memory import Parts, Span, block_bytes, in_rows, is_written, loop_bytes, part_of, repeat
 from setattn._order import Order
 from setattn._threads import run
 from setattn._typing import Array, Namespace
@@ -167,7 +167,7 @@ def _assemble(make: Callable[[slice], Array], cuts: list[slice], axis: int, xp: 
     """Put ``make(cut)`` for all cuts of an axis together, without holding them twice where an array can be written."""
     at = axis if axis >= 0 else -2
     if not is_written(xp):
-        return xp.concat([*map(make, cuts)], axis=at)
+        return in_rows(xp.concat([*map(make, cuts)], axis=at), xp)
     parts = Parts(at, cuts[-1].stop, xp)
     for _ in run(lambda c: parts.put(c, make(c)), cuts, threads):
         pass

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,16 +158,20 @@ def into(name: str, a: Array, b: Array, xp: Namespace) -> Array:
     Only where no library records or traces it. Memory that a large array takes anew costs more than the operation.
     """
     function = getattr(xp, name)
-    if isinstance(xp, NumPy | CuPy):
+    if isinstance(xp, Written):
         return function(a, b, out=a)
-    return _IN_PLACE_OF[name](a, b) if isinstance(xp, UnrecordedTorch) else function(a, b)
+    if isinstance(xp, UnrecordedTorch):
+        return _IN_PLACE_OF[name](a, b)
+    return xp.in_place(name, a, b) if isinstance(xp, Recorder) else function(a, b)
 
 
 def exp_into(a: Array, xp: Namespace) -> Array:
     """Compute the exponential function in the same way."""
-    if isinstance(xp, NumPy | CuPy):
+    if isinstance(xp, Written):
         return xp.exp(a, out=a)
-    return a.exp_() if isinstance(xp, UnrecordedTorch) else xp.exp(a)
+    if isinstance(xp, UnrecordedTorch):
+        return a.exp_()
+    return xp.in_place("exp", a) if isinstance(xp, Recorder) else xp.exp(a)
 
 
 def add_product(a: Array, b: Array, c: Array, xp: Namespace) -> Array:
@@ -349,6 +353,7 @@ def fused_attention(
     batch = xp.broadcast_shapes(q.shape[:-2], k.shape[:-2])
 
     def in_four_axes(t: Array, *axes: int) -> Array:
+        t = t if t.stride(-1) == 1 else t.contiguous()  # the kernel goes by no other steps in a row
         return t.expand(*batch, *axes).reshape(-1, batch[-1], *axes)
 
     added = seen = None
@@ -359,7 +364,7 @@ def fused_attention(
     out, logs = xp.attention_on_cpu(q, k, v, attn_mask=added, scale=1.0)
     out, logs = out.reshape(*batch, rows, width), logs.reshape(*batch, rows, 1)
     if seen is not None:
-        logs = xp.where(seen, logs, -math.inf)
+        out, logs = xp.where(seen, out, 0.0), xp.where(seen, logs, -math.inf)
     unsure = logs == 0
     return out, logs, unsure if bool(unsure.any()) else None
 
@@ -467,9 +472,16 @@ def without_gradients(xp: Namespace) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
-def compiled(function: Callable[..., Any], xp: Namespace) -> Callable[..., Any] | None:
-    """Return a function as the compiler of a library makes it, if it has one that takes it as it is."""
-    return xp.jax.jit(function) if isinstance(xp, JAX) else None
+def compiled(function: Callable[..., Any], arrays: Sequence[Array], xp: Namespace) -> Callable[..., Any] | None:
+    """Return a function of arrays as the compiler of a library makes it, if it has one that takes it as it is.
+
+    A function that is not to be compiled, as it goes by the numbers of its arrays, is a ``TypeError``.
+    """
+    if not isinstance(xp, JAX):
+        return None
+    xp.jax.eval_shape(function, *arrays)
+    jitted: Callable[..., Any] = xp.jax.jit(function)
+    return jitted
 
 
 def ignoring_underflow(function: Callable[..., Any], xp: Namespace) -> Callable[..., Any]:

@@ -116,6 +116,11 @@ def is_written(xp: Namespace) -> bool:
     return isinstance(xp, Written | UnrecordedTorch)
 
 
+def in_rows(x: Array, xp: Namespace) -> Array:
+    """Lay an array out as one that is written to, where NumPy would keep to the layout of its parts."""
+    return xp.ascontiguousarray(x) if isinstance(xp, NumPy) else x
+
+
 class Parts:
     """An array whose parts are written as they come, from any thread; the first one says what it is like."""
 

@@ -235,6 +235,18 @@ def snapshot(x: Array, xp: Namespace) -> Array:
     return xp.asarray(x, dtype=x.dtype, device=creation_device(x, xp), copy=True)
 
 
+def frozen(x: Any) -> Any:
+    """Return an array that is written to no more; NumPy then refuses to."""
+    if isinstance(x, np.ndarray):
+        x.flags.writeable = False
+    return x
+
+
+def version(x: Any) -> int:
+    """Return how often an array was written to, if its library counts that, as PyTorch does."""
+    return getattr(x, "_version", 0)
+
+
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     """Copy an array of any namespace and device to NumPy; dtypes NumPy lacks become float32."""
     xp: Namespace = namespace_of(x)

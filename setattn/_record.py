@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from setattn._adapters import Recorder, recorder_of
 from setattn._errors import ParameterError
-from setattn._namespace import is_array_or_number, name_of, namespace_of, snapshot
+from setattn._namespace import frozen, is_array_or_number, name_of, namespace_of, snapshot, version
 from setattn._typing import Array, Namespace
 
 # --- the list -------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class Tape:
     def append(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], led_to: Any = None) -> int:
         """Record a step, and return its number."""
         number = self.number()
-        self.steps.append(Step(function, _each(args, _named), _each(kwargs, _named), number, led_to))
+        self.steps.append(Step(function, each(args, _named), each(kwargs, _named), number, led_to))
         return number
 
 
@@ -77,25 +77,27 @@ class Recorded:
         value = getattr(self.value, name)
         if is_array_or_number(value):
             return _apply(operator.attrgetter(name), (self,), {}, type(self))
-        if not callable(value) or isinstance(value, type):
-            return value  # what the shape, the dtype and the device say
-        return functools.partial(_method, getattr(type(self.value), name), self)
+        if callable(value) and not isinstance(value, type):
+            return functools.partial(_method, getattr(type(self.value), name), self)
+        if name not in _ATTRIBUTES:
+            refuse()
+        return value
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Namespace:
         return self._recorder
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return _from_outside(getattr(function, method), args, kwargs, type(self))
+        return _apply(getattr(function, method), args, kwargs, type(self))
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return _from_outside(function, args, kwargs, type(self))
+        return _apply(function, args, kwargs, type(self))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _from_outside(function, args, kwargs or {}, cls)
+        return _apply(function, args, kwargs or {}, cls)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse()
+        refuse()
 
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
         _refuse_to_write()
@@ -109,7 +111,7 @@ class Recorded:
     __hash__ = object.__hash__
 
 
-def _refuse() -> NoReturn:
+def refuse() -> NoReturn:
     got, wanted = "one that takes numbers out of its arrays", "one that does the same to all, but for an if on them"
     raise ParameterError("trace", "function", got, wanted)
 
@@ -128,18 +130,24 @@ def _operator(function: Callable[..., Any], *, swapped: bool = False) -> Callabl
 def _number(kind: Callable[[Any], Any]) -> Callable[[Recorded], Any]:
     def method(self: Recorded) -> Any:
         if self.tape is not None:
-            _refuse()
+            refuse()
         return kind(self.value)
 
     return method
 
 
-_BOTH_WAYS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+def _augmented(self: Recorded, other: Any) -> NoReturn:
+    _refuse_to_write()
+
+
+_BITS = ("and_", "or_", "xor", "lshift", "rshift")
+_BOTH_WAYS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", *_BITS)
 _ONE_WAY = ("lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert", "getitem")
 for _name in (*_BOTH_WAYS, *_ONE_WAY):
     setattr(Recorded, f"__{_name.rstrip('_')}__", _operator(getattr(operator, _name)))
 for _name in _BOTH_WAYS:
     setattr(Recorded, f"__r{_name.rstrip('_')}__", _operator(getattr(operator, _name), swapped=True))
+    setattr(Recorded, f"__i{_name.rstrip('_')}__", _augmented)
 for _kind in (int, float, complex):
     setattr(Recorded, f"__{_kind.__name__}__", _number(_kind))
 Recorded.__index__ = _number(operator.index)  # type: ignore[attr-defined]
@@ -157,7 +165,7 @@ def kind_for(xp: Namespace) -> type[Recorded]:
 
         return wrapper
 
-    kind._recorder = recorder_of(xp, recorded, _look)
+    kind._recorder = recorder_of(xp, recorded, _in_place, _look)
     kind._recorder.__name__ = f"{name_of(xp)} that setattn.trace records"
     return kind
 
@@ -166,18 +174,7 @@ def kind_for(xp: Namespace) -> type[Recorded]:
 
 
 _OF_SHAPE = {"ones_like", "zeros_like"}  # whose results are constant, whatever the numbers are
-_SHAPED_BY_NUMBERS = {  # so that what follows, which goes by shapes, would be done for those of the example
-    "argwhere",
-    "flatnonzero",
-    "masked_select",
-    "nonzero",
-    "unique",
-    "unique_all",
-    "unique_counts",
-    "unique_inverse",
-    "unique_values",
-}
-_FACTS = {  # no numbers either
+_FACTS = {  # which tell no numbers either
     "dim",
     "element_size",
     "get_device",
@@ -189,41 +186,95 @@ _FACTS = {  # no numbers either
     "size",
     "stride",
 }
+_ATTRIBUTES = _FACTS | {
+    "device",
+    "dtype",
+    "flags",
+    "is_nested",
+    "itemsize",
+    "layout",
+    "nbytes",
+    "requires_grad",
+    "shape",
+    "strides",
+}
 
 
 def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
     """Call a function with the values of the example, and record it where any is no constant."""
-    name = getattr(function, "__name__", "")
-    if name in _SHAPED_BY_NUMBERS or (function is operator.getitem and any(map(_is_boolean, _recorded_in(args[1:])))):
-        _refuse()
-    tape = None if name in _OF_SHAPE else next((a.tape for a in _recorded_in((args, kwargs)) if a.tape), None)
-    if isinstance(out := kwargs.get("out"), Recorded) and out.tape is None:
-        args, kwargs = _spared(out, args, kwargs, tape)
-    result = function(*_each(args, _value), **_each(kwargs, _value))
+    name, recorded = getattr(function, "__name__", ""), [*_recorded_in((args, kwargs))]
+    tape = None if name in _OF_SHAPE else next((a.tape for a in recorded if a.tape), None)
+    if kwargs.get("out") is not None:
+        _refuse_to_write()
+    if tape is not None and _decides_on_a_shape(function, name, args, kwargs):
+        refuse()
+    before = [version(a.value) for a in recorded]
+    try:
+        result = function(*each(args, _value), **each(kwargs, _value))
+    except ValueError as error:
+        if "read-only" in str(error):  # as all values are
+            _refuse_to_write()
+        raise
+    if recorded and (result is None or before != [version(a.value) for a in recorded]):
+        _refuse_to_write()
     several = isinstance(result, tuple | list) and any(map(is_array_or_number, result))
     if not several and not is_array_or_number(result):
         if tape is not None and name not in _FACTS and isinstance(result, int | float | complex | list | bytes):
-            _refuse()
+            refuse()
         return result
     if tape is None:
-        return [*map(kind, result)] if several else kind(result)
+        own = result if recorded else each(result, kept)  # which an array from outside is not
+        return each(own, lambda a: kind(frozen(a)) if is_array_or_number(a) else a)
+    each(result, frozen)
     whole = kind(result, tape, tape.append(function, args, kwargs))
-    return [_apply(operator.getitem, (whole, i), {}, kind) for i in range(len(result))] if several else whole
+    if not several:
+        return whole
+    parts = [_apply(operator.getitem, (whole, i), {}, kind) for i in range(len(result))]
+    return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
 
 
-def _from_outside(function: Callable[..., Any], args: Any, kwargs: Any, kind: type[Recorded]) -> Any:
-    """Call a function that another library has found an array of this one among the arguments of."""
-    if kwargs.get("out") is not None:
-        _refuse_to_write()
-    return _apply(function, args, kwargs, kind)
+_SHAPED_BY_NUMBERS = {
+    "argwhere",
+    "compress",
+    "delete",
+    "extract",
+    "flatnonzero",
+    "masked_select",
+    "nonzero",
+    "unique",
+    "unique_all",
+    "unique_consecutive",
+    "unique_counts",
+    "unique_inverse",
+    "unique_values",
+}
+_SHAPED_BY_ARGUMENTS = {"arange", "empty", "eye", "linspace", "ones", "zeros"}
+_SHAPED_BY_LATER_ARGUMENTS = {"broadcast_to", "repeat", "repeat_interleave", "reshape", "tile"}
 
 
-def _spared(out: Recorded, args: Any, kwargs: Any, tape: Tape | None) -> Any:
-    """Put a copy in the place of a constant that would be written to: other calls use it, and other steps may."""
-    kind, constant = type(out), (out.value, namespace_of(out.value))
-    value = snapshot(*constant)
-    new = kind(value) if tape is None else kind(value, tape, tape.append(snapshot, constant, {}))
-    return _each((args, kwargs), lambda a: new if a is out else a)
+def _decides_on_a_shape(function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> bool:
+    """Say whether numbers do: what follows, which goes by shapes, would be done for that of the example."""
+    if name in _SHAPED_BY_NUMBERS or (name == "where" and len(args) == 1):
+        return True
+    if function is operator.getitem:
+        return any(a.tape is not None and a.value.dtype == a._recorder.bool for a in _recorded_in(args[1:]))
+    if name in _SHAPED_BY_LATER_ARGUMENTS:
+        return any(a.tape is not None for a in _recorded_in((args[1:], kwargs)))
+    return name in _SHAPED_BY_ARGUMENTS and any(a.tape is not None for a in _recorded_in((args, kwargs)))
+
+
+def _in_place(function: Callable[..., Any], a: Any, *others: Any) -> Any:
+    """Record a function whose result takes the place of its first argument, or of a copy of it if that is constant."""
+    kind = next(type(r) for r in _recorded_in((a, others)))
+    tape = next((r.tape for r in _recorded_in((a, others)) if r.tape), None)
+    constant = _value(a), namespace_of(_value(a))
+    room = snapshot(*constant)  # of the same layout
+    value = frozen(function(*each((a, *others), _value), out=room))
+    if tape is None:
+        return kind(value)
+    if not isinstance(a, Recorded) or a.tape is None:
+        a = kind(constant[0], tape, tape.append(snapshot, constant, {}))
+    return kind(value, tape, tape.append(function, (a, *others), {"out": a}))
 
 
 def _method(function: Callable[..., Any], x: Recorded, *args: Any, **kwargs: Any) -> Any:
@@ -238,19 +289,15 @@ def _look(function: Callable[..., Any], x: Recorded, *args: Any) -> Any:
     return said
 
 
-def _each(part: Any, function: Callable[[Any], Any]) -> Any:
+def each(part: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to what is no tuple, list or dictionary, wherever it is in these."""
     if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*[_each(p, function) for p in part])
+        return type(part)(*[each(p, function) for p in part])
     if isinstance(part, tuple | list):
-        return type(part)([_each(p, function) for p in part])
+        return type(part)([each(p, function) for p in part])
     if isinstance(part, dict):
-        return {key: _each(p, function) for key, p in part.items()}
+        return {key: each(p, function) for key, p in part.items()}
     return function(part)
-
-
-def _is_boolean(a: Recorded) -> bool:
-    return bool(a.value.dtype == a._recorder.bool)
 
 
 def _value(a: Any) -> Any:
@@ -258,7 +305,15 @@ def _value(a: Any) -> Any:
 
 
 def _named(a: Any) -> Any:
-    return Result(a.number) if isinstance(a, Recorded) and a.tape else _value(a)
+    if isinstance(a, Recorded):
+        return Result(a.number) if a.tape else a.value
+    return kept(a)  # as an array from outside may be written to
+
+
+def kept(a: Any) -> Any:
+    """Copy an array; anything else is as it is."""
+    xp = namespace_of(a)
+    return a if xp is None else snapshot(a, xp)
 
 
 def _recorded_in(part: Any) -> Iterator[Recorded]:
@@ -275,14 +330,12 @@ def _recorded_in(part: Any) -> Iterator[Recorded]:
 LED_ELSEWHERE = object()  # what a program returns where a look at numbers says something else than in the example
 
 
-def program(
-    name: str, inputs: Sequence[str], tape: Tape, result: Any, copy: Callable[[Array], Array]
-) -> tuple[Callable[..., Any], str]:
+def program(name: str, inputs: Sequence[str], tape: Tape, result: Any) -> tuple[Callable[..., Any], str]:
     """Turn what was recorded into a function of arrays, and its source: without what no result depends on.
 
     A part of the result that is constant is copied each time.
     """
-    out = _each(result, lambda a: _named(a) if not isinstance(a, Recorded) or a.tape else _copied(a, tape, copy))
+    out = each(result, lambda a: _of_result(a, tape))
     steps = _needed(tape.steps, out)
     last = {number: step for step in steps for number in _numbers_in((step.args, step.kwargs))}
     kept = {*range(len(inputs)), *_numbers_in(out)}
@@ -304,8 +357,15 @@ def program(
     return function, source
 
 
-def _copied(a: Recorded, tape: Tape, copy: Callable[[Array], Array]) -> Result:
-    return Result(tape.append(copy, (a.value,), {}))
+def _of_result(a: Any, tape: Tape) -> Any:
+    if isinstance(a, Recorded) and a.tape:
+        return Result(a.number)
+    if is_array_or_number(_value(a)):
+        return Result(tape.append(kept, (_value(a),), {}))
+    if not isinstance(a, bool | int | float | complex | str | None):
+        wanted = "one that returns arrays, in tuples, lists and dictionaries if need be"
+        raise ParameterError("trace", "function", f"one that returns a {type(a).__qualname__}", wanted)
+    return a
 
 
 def _needed(steps: list[Step], out: Any) -> list[Step]:
@@ -333,6 +393,7 @@ class _Words:
         self.known: dict[str, Any] = {}
         self._of: dict[int, str] = {}  # by identity, of what is known
         self.inputs = [self._new(word) for word in inputs]
+        self._results = dict(enumerate(self.inputs))
         self.name = self._new(name)
 
     def call(self, step: Step) -> str:
@@ -344,7 +405,7 @@ class _Words:
     def of(self, part: Any) -> str:
         """Write an argument."""
         if isinstance(part, Result):
-            return self.inputs[part.number] if part.number < len(self.inputs) else f"v{part.number}"
+            return self._results.get(part.number) or self._results.setdefault(part.number, self._new(f"v{part.number}"))
         if (
             part is None
             or part is ...
@@ -354,10 +415,11 @@ class _Words:
             return "..." if part is ... else repr(part)
         if type(part) is tuple and all(type(p) is int for p in part):
             return repr(part)
-        return self._made_of(part) if any(True for _ in _numbers_in(part)) else self._constant(part, "c")
+        made = isinstance(part, list | dict) or any(True for _ in _numbers_in(part))
+        return self._made_of(part) if made else self._constant(part, "c")
 
     def _made_of(self, part: Any) -> str:
-        """Write a tuple, list or dictionary with results in it."""
+        """Write what is made anew in each call: a list, a dictionary, a tuple with results in it."""
         if isinstance(part, dict):
             return "{" + ", ".join(f"{self._constant(key, 'key')}: {self.of(p)}" for key, p in part.items()) + "}"
         inside = "".join(f"{self.of(p)}, " for p in part).rstrip(" ")

@@ -6,13 +6,22 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from setattn._adapters import is_about_numbers
 from setattn._call import Call
 from setattn._check import belongs
-from setattn._errors import DTypeError, NamespaceError, ParameterError, ShapeError
+from setattn._errors import ArgumentError, DTypeError, NamespaceError, ParameterError, ShapeError
 from setattn._kernels import compiled, ignoring_underflow, without_gradients
-from setattn._namespace import device_of, facts_of, name_of, namespace_of, namespace_of_chunks, native, snapshot
-from setattn._params import map_params
-from setattn._record import LED_ELSEWHERE, Tape, kind_for, program
+from setattn._namespace import (
+    device_of,
+    facts_of,
+    frozen,
+    name_of,
+    namespace_of,
+    namespace_of_chunks,
+    native,
+    unlike_others,
+)
+from setattn._record import LED_ELSEWHERE, Tape, each, kept, kind_for, program, refuse
 from setattn._typing import Array, Namespace, Shape
 from setattn.checkpoints._block import Block
 
@@ -57,9 +66,12 @@ class _Arrays:
             raise NamespaceError("trace", "arguments", "without an array", "at least one array, beside the parameters")
         self.xp: Namespace = namespace_of(examples[0])
         for name, a in zip(self.names, examples, strict=True):
-            if namespace_of_chunks(a, namespace_of(a)) is not None:
+            xp: Namespace = namespace_of(a)
+            if namespace_of_chunks(a, xp) is not None:
                 wanted = "an array in memory: a call on lazy arrays is recorded as it is"
-                raise NamespaceError("trace", name, f"an array of {name_of(namespace_of(a))}", wanted)
+                raise NamespaceError("trace", name, f"an array of {name_of(xp)}", wanted)
+            if kind := unlike_others(a, xp):
+                raise NamespaceError(function, name, *kind)
         self._like: list[tuple[Shape, Any]] = [(tuple(a.shape), a.dtype) for a in examples]
         self._kinds, self._facts_of = [*map(type, examples)], facts_of(self.xp)
         self._facts = None if self._facts_of is None else [*map(self._facts_of, examples)]
@@ -71,6 +83,11 @@ class _Arrays:
         """Take the arrays out of the arguments."""
         return (*(arguments[i] for i in self.places), *(keywords[key] for key in self.by_name))
 
+    def put(self, arrays: Sequence[Array], arguments: Any, keywords: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Put arrays in their places between the other arguments."""
+        place = dict(zip([*self.places, *self.by_name], arrays, strict=True))
+        return [place.get(i, a) for i, a in enumerate(arguments)], {k: place.get(k, a) for k, a in keywords.items()}
+
     def fitting(self, arrays: tuple[Array, ...], by_name: dict[str, Array]) -> tuple[Array, ...]:
         """Return the arrays of a call, those by position first, if they are like the traced ones."""
         if len(arrays) != len(self.places) or by_name.keys() ^ self.by_name:
@@ -78,11 +95,11 @@ class _Arrays:
             raise ParameterError(self.function, "arrays", got, f"{wanted}, as in the traced call")
         if by_name:
             arrays = (*arrays, *(by_name[key] for key in self.by_name))
-        if (
-            self._facts_of is None
-            or [*map(type, arrays)] != self._kinds
-            or [*map(self._facts_of, arrays)] != self._facts
-        ):
+        try:
+            alike = self._facts_of is not None and [*map(self._facts_of, arrays)] == self._facts
+        except (AttributeError, RuntimeError):  # of what is no array, or a nested tensor
+            alike = False
+        if not alike or [*map(type, arrays)] != self._kinds:
             self._check(arrays)
         return arrays
 
@@ -116,8 +133,8 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
         A function of the library, a :class:`Block`, or a function that calls some of them and of the array API.
     *arguments, **keywords
         What it is called with: arrays, parameters, options. An array stands for those of later calls, which are to have
-        its shape, dtype and device; its own numbers are an example. All else is constant: parameters are copied, and
-        what becomes of them later changes nothing.
+        its shape, dtype and device; its own numbers are an example. All else is constant: parameters, in tuples, lists
+        or dictionaries, are copied, and what becomes of them later changes nothing.
 
     Returns
     -------
@@ -132,8 +149,8 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     NamespaceError
         If no argument is an array, or one is of Dask, which records calls itself.
     ParameterError
-        If ``function`` is none, takes numbers out of the arrays, as ``float`` and a boolean index do, or writes to
-        them.
+        If ``function`` is none, takes numbers out of the arrays, as ``float`` and a boolean index do, writes to
+        them, or returns something else than arrays, in tuples, lists or dictionaries if need be.
     ArgumentError
         As the call itself raises it. A traced call raises :class:`ShapeError`, :class:`DTypeError`,
         :class:`NamespaceError` and :class:`ParameterError` for other arrays than those it was traced with.
@@ -169,31 +186,44 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     xp, body = arrays.xp, function
     with without_gradients(xp):
         given = {*arrays.places, *arrays.by_name}  # whose places are left open
-        fixed = tuple(None if i in given else map_params(_kept, a) for i, a in enumerate(arguments))
-        named = {key: map_params(_kept, a) for key, a in keywords.items() if key not in given}
-
-        def call(data: Sequence[Any], constant: Callable[[Any], Any]) -> Any:
-            place = dict(zip([*arrays.places, *arrays.by_name], data, strict=True))
-            args = [place[i] if i in place else map_params(constant, a) for i, a in enumerate(fixed)]
-            others = {key: place[key] if key in place else map_params(constant, named[key]) for key in keywords}
-            return body(*args, **others)
+        fixed = each(tuple(None if i in given else a for i, a in enumerate(arguments)), _constant)
+        named = each({key: None if key in given else a for key, a in keywords.items()}, _constant)
 
         def plain(*data: Array) -> Any:
-            return call(data, lambda a: a)
+            args, others = arrays.put(data, fixed, named)
+            return body(*args, **others)
 
-        if (run := compiled(plain, xp)) is not None:
+        examples = arrays.of(arguments, keywords)
+        try:
+            run = compiled(plain, examples, xp)
+        except ArgumentError:
+            raise
+        except TypeError as error:
+            if is_about_numbers(error):
+                refuse()
+            raise
+        if run is not None:
             return Traced(arrays, plain, run)
-        kind, tape = kind_for(xp), Tape()
-        recorded = [kind(_kept(a), tape, tape.number()) for a in arrays.of(arguments, keywords)]
-        result = call(recorded, lambda a: a if namespace_of(a) is None else kind(a))
-        run, source = program(name, arrays.names, tape, result, _kept)
+        tape = Tape()
+        recorded = [kind_for(namespace_of(a))(frozen(kept(a)), tape, tape.number()) for a in examples]
+        args, others = arrays.put(recorded, each(fixed, _recorded), each(named, _recorded))
+        run, source = program(name, arrays.names, tape, body(*args, **others))
     return Traced(arrays, plain, ignoring_underflow(run, xp), source)
 
 
-def _kept(a: Any) -> Any:
-    """Copy an array; anything else is as it is."""
+def _constant(a: Any) -> Any:
+    """Copy the arrays of a part of the arguments, so that it stays as it is."""
+    if isinstance(a, Block):
+        return Block(a.function, each(a.params, _constant), a.options, a.layout)
+    return frozen(kept(a))
+
+
+def _recorded(a: Any) -> Any:
+    """Put arrays that are recorded in the place of constants."""
+    if isinstance(a, Block):
+        return Block(a.function, each(a.params, _recorded), a.options, a.layout)
     xp = namespace_of(a)
-    return a if xp is None else snapshot(a, xp)
+    return a if xp is None else kind_for(xp)(a)
 
 
 def _names(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[str]:

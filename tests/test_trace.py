@@ -6,6 +6,7 @@ import functools
 import importlib
 import operator
 import tracemalloc
+import warnings
 from dataclasses import replace
 from textwrap import dedent
 from typing import NamedTuple
@@ -282,13 +283,25 @@ NUMBERS = {
     "boolean index": lambda x: x[x > 0].sum() / x[x > 0].shape[0],
     "nonzero": lambda x: x[np.nonzero(x)],
     "unique": lambda x: np.unique(x),
+    "where": lambda x: x * np.where(x > 0)[0].shape[0],
+    "repeat": lambda x: np.repeat(x, (x[:, 0] > 0) + 1, axis=0),
+    "arange": lambda x: space(x).arange(space(x).count_nonzero(x)),
+    "tile": lambda x: np.tile(x[0], ((x > 0).sum(), 1)),
+    "flat": lambda x: x * x.flat[0],
 }
 WRITTEN = {
     "item": lambda x: operator.setitem(x, 0, 1.0),
+    "augmented": lambda x: operator.iadd(x * 2.0, 1.0),
     "out": lambda x: np.add(x, 1.0, out=x),
-    "function": lambda x: np.concatenate([x, x], out=x),
-    "method": lambda x: x.add_(1.0),
+    "out of a function": lambda x: np.concatenate([x, x], out=x),
+    "out of the namespace": lambda x: space(x).add(x, 1.0, out=x),
+    "out of a method": lambda x: x.clip(0, 1, out=x),
+    "by position": lambda x: np.clip(x, 0, 1, x),
+    "sort": lambda x: x.sort(),
+    "copyto": lambda x: np.copyto(np.zeros_like(x), x),
+    "method of PyTorch": lambda x: x.add_(1.0),
 }
+space = array_api_compat.array_namespace
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -301,6 +314,96 @@ def test_numbers_cannot_be_taken_out(name):
 def test_arrays_cannot_be_written_to(name):
     with pytest.raises(setattn.ParameterError, match="'function' is one that writes to an array; wanted"):
         setattn.trace(WRITTEN[name], np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("name", ["relu_", "nn.functional.relu", "add"])
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_tensors_cannot_be_written_to(backend, name):
+    torch = importlib.import_module("torch")
+    write = {
+        "relu_": torch.relu_,
+        "nn.functional.relu": functools.partial(torch.nn.functional.relu, inplace=True),
+        "add": lambda x: torch.add(x, x, out=x),
+    }[name]
+    with pytest.raises(setattn.ParameterError, match="'function' is one that writes to an array; wanted"):
+        setattn.trace(lambda x: write(x * 2.0), backend.asarray(X, "float32"))
+
+
+def test_arrays_from_outside_are_as_they_were():
+    """At each step: they may be written to, and are not frozen."""
+    outside = np.ones(2)
+
+    def function(x):
+        k, total = np.zeros(8), x * 0.0
+        for i in range(3):
+            k[i] = 1.0
+            total = total + x * k
+        return total, space(x).asarray(outside), k
+
+    traced = setattn.trace(function, X)
+    assert outside.flags.writeable
+    for got, wanted in zip(traced(X), function(X), strict=True):
+        same(got, wanted)
+
+
+def test_results_of_several_arrays_keep_their_kind():
+    def function(x):
+        largest = np.unravel_index(np.argmax(x), x.shape)
+        return x[largest], np.linalg.svd(x).S, space(x).unstack(x)
+
+    got, wanted = setattn.trace(function, SMALL[:5, :8])(X), function(X)
+    same(got[0], wanted[0])
+    same(got[1], wanted[1])
+    assert isinstance(got[2], tuple)
+    assert len(got[2]) == 5
+
+
+class Holder:
+    def __init__(self, a):
+        self.a = a
+
+
+@pytest.mark.parametrize("function", [Holder, lambda x: (a for a in x)])
+def test_other_results_are_refused(function):
+    with pytest.raises(setattn.ParameterError, match=r"'function' is one that returns a \w+; wanted one that returns"):
+        setattn.trace(function, X)
+
+
+def test_a_list_in_a_result_is_new_each_time():
+    traced = setattn.trace(lambda x: (x, [1]), X)
+    traced(X)[1].append(2)
+    assert traced(X)[1] == [1]
+
+
+def test_parameters_in_lists_and_dictionaries():
+    params = {"p": [P, np.ones(8, np.float32)]}
+    traced = setattn.trace(lambda x, p: setattn.pma(x, p["p"][0]) * p["p"][1], X, params)
+    large = X * np.float32(1e25)
+    params["p"][1] *= 3
+    params["p"][0] = None
+    same(traced(X), setattn.pma(X, P))
+    same(traced(large), setattn.pma(large, P))
+
+
+def test_blocks_among_the_arguments():
+    blocks = setattn.Block("isab", setattn.init_isab(8, num_inducing=3, num_heads=2, rng=0)), setattn.Block("pma", P)
+    traced = setattn.trace(lambda x, blocks: blocks[1](blocks[0](x)), X, blocks)
+    same(traced(X + 1), blocks[1](blocks[0](X + 1)))
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "c", "mul", "add", "lambda_", "x_"])
+def test_words_of_the_source_do_not_meet(name):
+    function = eval(f"lambda {name}: ({name} * 2.0 + {name}) * 3.0 + {name}[0]")
+    same(setattn.trace(function, X)(X + 1), function(X + 1))
+
+
+def test_layouts_in_blocks():
+    """A result of several blocks lies in memory as it does in a call, whatever the layout of the data."""
+    params = setattn.init_perceiver_resampler(12, num_latents=3, num_layers=2, num_heads=2, num_media=4, rng=0)
+    x = np.asfortranarray(np.random.default_rng(0).standard_normal((2, 4, 7, 12), dtype=np.float32))
+    plan = setattn.Plan(block_size=3)
+    traced = setattn.trace(setattn.perceiver_resampler, np.ones(x.shape, np.float32), params, plan=plan)
+    same(traced(x), setattn.perceiver_resampler(x, params, plan=plan))
 
 
 def test_numbers_of_constants_can():
@@ -368,6 +471,23 @@ def test_lazy_arrays_are_refused(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_parameters_of_another_library_are_refused(backend):
+    """As in a call, and nested tensors, of which nothing can be asked."""
+    x, params = backend.asarray(X, "float32"), backend.params(P, "float32")
+    for arguments in ((X, params), (x, P)):
+        with pytest.raises(setattn.NamespaceError, match=r"params.*is an array of .*; wanted an array of"):
+            setattn.trace(setattn.pma, *arguments)
+    torch = importlib.import_module("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nested tensors are a prototype
+        nested = torch.nested.nested_tensor([x, x])
+    traced = setattn.trace(setattn.pma, x, params)
+    for call in (lambda: setattn.trace(setattn.pma, nested, params), lambda: traced(nested)):
+        with pytest.raises(setattn.NamespaceError, match="'x' is a nested tensor"):
+            call()
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_arrays_of_another_library_or_layout_are_refused(backend):
     x = backend.asarray(X, "float32")
     with pytest.raises(setattn.NamespaceError, match="wanted an array of numpy, as the one of the traced call is"):
@@ -422,6 +542,11 @@ def test_jax_compiles_it(backend):
     assert traced.source == ""
     with pytest.raises(setattn.ShapeError, match="as in the traced call"):
         traced(x)
+    with pytest.raises(setattn.OptionError, match="sab: argument 'activation' is 'no'"):
+        setattn.trace(setattn.sab, x, params, activation="no")
+    for function in (lambda x: x * float(x.sum()), lambda x: x if x.sum() > 0 else -x):
+        with pytest.raises(setattn.ParameterError, match="trace: argument 'function' is one that takes numbers out"):
+            setattn.trace(function, x)
     wanted = np.stack([setattn.sab(one, params, **case.options) for one in x])
     for found in (jax.vmap(traced)(x), np.stack([jax.jit(traced)(one) for one in x])):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
