@@ -175,7 +175,7 @@ SMALL = np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)
 
 @pytest.mark.parametrize(("backend", "most"), [("numpy", 59), ("torch", 32)], indirect=["backend"])
 def test_one_small_set_takes_few_operations(backend, most):
-    """What depends on parameters alone is done once: a third of what the call does."""
+    """What depends on parameters alone is not among them; views are."""
     params = backend.params(setattn.init_pma(64, num_seeds=1, num_heads=4, rng=0), "float32")
     traced = setattn.trace(setattn.pma, backend.asarray(SMALL, "float32"), params)
     assert len(steps(traced)) == most
