@@ -233,7 +233,7 @@ class Recorder(Adapted):
     """A library's functions for arrays that stand for those of later calls, as :mod:`setattn._record` makes them."""
 
     def __init__(
-        self, xp: Namespace, recorded: Callable[[Any], Any], in_place: Callable[..., Any], look: Callable[..., Any]
+        self, xp: Namespace, recorded: Callable[[Any], Any], in_place: Callable[..., Any], look: Callable[..., bool]
     ) -> None:
         super().__init__(xp._module if isinstance(xp, Adapted) else xp)
         self._xp, self._recorded, self._in_place, self._look = xp, recorded, in_place, look
@@ -253,7 +253,7 @@ class Recorder(Adapted):
             return self._in_place(getattr(self._xp, name), a, *others)
         return getattr(self, name)(a, *others)
 
-    def look(self, function: Callable[..., Any], x: Array, *args: Any) -> Any:
+    def look(self, function: Callable[..., bool], x: Array, *args: Any) -> bool:
         """Call ``function(x, *args)``, which looks at numbers, and note which way it leads."""
         return self._look(function, x, *args)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import keyword
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -25,13 +23,16 @@ class Step(NamedTuple):
     args: Any
     kwargs: dict[str, Any]
     result: int
-    led_to: Any = None  # of a look at numbers, what it said; of an operation nothing
+    led_to: bool | None = None  # of a look at numbers, what it said; of an operation nothing
 
 
 class Result(NamedTuple):
     """The number of a step, in the arguments of another."""
 
     number: int
+
+
+LED_ELSEWHERE = object()  # what a program returns where a look at numbers says something else than in the example
 
 
 class Tape:
@@ -48,7 +49,7 @@ class Tape:
         """Return the number of the next result: the first ones are the arrays that the call is given."""
         return next(self._numbers)
 
-    def append(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], led_to: Any = None) -> int:
+    def append(self, function: Callable[..., Any], args: Any, kwargs: Any, led_to: bool | None = None) -> int:
         """Record a step, and return its number."""
         number = self.number()
         self.steps.append(Step(function, each(args, _named), each(kwargs, _named), number, led_to))
@@ -103,7 +104,7 @@ class Recorded:
         _refuse_to_write()
 
     def __bool__(self) -> bool:
-        return bool(_look(bool, self))
+        return _look(bool, self)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -148,9 +149,9 @@ for _name in (*_BOTH_WAYS, *_ONE_WAY):
 for _name in _BOTH_WAYS:
     setattr(Recorded, f"__r{_name.rstrip('_')}__", _operator(getattr(operator, _name), swapped=True))
     setattr(Recorded, f"__i{_name.rstrip('_')}__", _augmented)
-for _kind in (int, float, complex):
-    setattr(Recorded, f"__{_kind.__name__}__", _number(_kind))
-Recorded.__index__ = _number(operator.index)  # type: ignore[attr-defined]
+_NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "complex": complex, "index": operator.index}
+for _name, _kind in _NUMBERS.items():
+    setattr(Recorded, f"__{_name}__", _number(_kind))
 
 
 @functools.lru_cache(maxsize=16)
@@ -203,7 +204,7 @@ _ATTRIBUTES = _FACTS | {
 def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], kind: type[Recorded]) -> Any:
     """Call a function with the values of the example, and record it where any is no constant."""
     name, recorded = getattr(function, "__name__", ""), [*_recorded_in((args, kwargs))]
-    tape = None if name in _OF_SHAPE else next((a.tape for a in recorded if a.tape), None)
+    tape = None if name in _OF_SHAPE else _tape_of(recorded)
     if kwargs.get("out") is not None:
         _refuse_to_write()
     if tape is not None and _decides_on_a_shape(function, name, args, kwargs):
@@ -265,8 +266,8 @@ def _decides_on_a_shape(function: Callable[..., Any], name: str, args: Any, kwar
 
 def _in_place(function: Callable[..., Any], a: Any, *others: Any) -> Any:
     """Record a function whose result takes the place of its first argument, or of a copy of it if that is constant."""
-    kind = next(type(r) for r in _recorded_in((a, others)))
-    tape = next((r.tape for r in _recorded_in((a, others)) if r.tape), None)
+    recorded = [*_recorded_in((a, others))]
+    kind, tape = type(recorded[0]), _tape_of(recorded)
     constant = _value(a), namespace_of(_value(a))
     room = snapshot(*constant)  # of the same layout
     value = frozen(function(*each((a, *others), _value), out=room))
@@ -281,9 +282,9 @@ def _method(function: Callable[..., Any], x: Recorded, *args: Any, **kwargs: Any
     return _apply(function, (x, *args), kwargs, type(x))
 
 
-def _look(function: Callable[..., Any], x: Recorded, *args: Any) -> Any:
+def _look(function: Callable[..., Any], x: Recorded, *args: Any) -> bool:
     """Look at the numbers of the example, and record where this led."""
-    said = function(x.value, *args)
+    said = bool(function(x.value, *args))
     if x.tape is not None:
         x.tape.append(function, (x, *args), {}, said)
     return said
@@ -316,126 +317,14 @@ def kept(a: Any) -> Any:
     return a if xp is None else snapshot(a, xp)
 
 
+def _tape_of(recorded: Sequence[Recorded]) -> Tape | None:
+    """Return the list that an operation belongs to; one of constants to none."""
+    return next((a.tape for a in recorded if a.tape), None)
+
+
 def _recorded_in(part: Any) -> Iterator[Recorded]:
     if isinstance(part, Recorded):
         yield part
     elif isinstance(part, tuple | list | dict):
         for p in part.values() if isinstance(part, dict) else part:
             yield from _recorded_in(p)
-
-
-# --- the program ----------------------------------------------------------------------------------------------------
-
-
-LED_ELSEWHERE = object()  # what a program returns where a look at numbers says something else than in the example
-
-
-def program(name: str, inputs: Sequence[str], tape: Tape, result: Any) -> tuple[Callable[..., Any], str]:
-    """Turn what was recorded into a function of arrays, and its source: without what no result depends on.
-
-    A part of the result that is constant is copied each time.
-    """
-    out = each(result, lambda a: _of_result(a, tape))
-    steps = _needed(tape.steps, out)
-    last = {number: step for step in steps for number in _numbers_in((step.args, step.kwargs))}
-    kept = {*range(len(inputs)), *_numbers_in(out)}
-    words = _Words(name, inputs)
-    lines = [f"def {words.name}({', '.join(words.inputs)}):"]
-    for step in steps:
-        call = words.call(step)
-        if step.led_to is None:
-            lines.append(f"    {words.of(Result(step.result))} = {call}")
-        else:
-            lines.append(f"    if {call} is not {step.led_to}:")
-            lines.append(f"        return {words.of(LED_ELSEWHERE)}")
-        over = [words.of(Result(number)) for number in last if last[number] is step and number not in kept]
-        if over:  # its memory is for what comes next
-            lines.append(f"    del {', '.join(over)}")
-    source = "\n".join([*lines, f"    return {words.of(out)}", ""])
-    exec(compile(source, f"<{name}, traced>", "exec"), words.known)
-    function: Callable[..., Any] = words.known[words.name]
-    return function, source
-
-
-def _of_result(a: Any, tape: Tape) -> Any:
-    if isinstance(a, Recorded) and a.tape:
-        return Result(a.number)
-    if is_array_or_number(_value(a)):
-        return Result(tape.append(kept, (_value(a),), {}))
-    if not isinstance(a, bool | int | float | complex | str | None):
-        wanted = "one that returns arrays, in tuples, lists and dictionaries if need be"
-        raise ParameterError("trace", "function", f"one that returns a {type(a).__qualname__}", wanted)
-    return a
-
-
-def _needed(steps: list[Step], out: Any) -> list[Step]:
-    """Leave the looks at numbers, and the steps that these or the result depend on."""
-    needed, found = set(_numbers_in(out)), []
-    for step in reversed(steps):
-        if step.result in needed or step.led_to is not None:
-            needed.update(_numbers_in((step.args, step.kwargs)))
-            found.append(step)
-    return found[::-1]
-
-
-def _numbers_in(part: Any) -> Iterator[int]:
-    if isinstance(part, Result):
-        yield part.number
-    elif isinstance(part, tuple | list | dict):
-        for p in part.values() if isinstance(part, dict) else part:
-            yield from _numbers_in(p)
-
-
-class _Words:
-    """The words of a program, and what they stand for."""
-
-    def __init__(self, name: str, inputs: Sequence[str]) -> None:
-        self.known: dict[str, Any] = {}
-        self._of: dict[int, str] = {}  # by identity, of what is known
-        self.inputs = [self._new(word) for word in inputs]
-        self._results = dict(enumerate(self.inputs))
-        self.name = self._new(name)
-
-    def call(self, step: Step) -> str:
-        """Write a call."""
-        named = [f"{key}={self.of(value)}" for key, value in step.kwargs.items()]
-        function = self._constant(step.function, getattr(step.function, "__name__", "function"))
-        return f"{function}({', '.join([*map(self.of, step.args), *named])})"
-
-    def of(self, part: Any) -> str:
-        """Write an argument."""
-        if isinstance(part, Result):
-            return self._results.get(part.number) or self._results.setdefault(part.number, self._new(f"v{part.number}"))
-        if (
-            part is None
-            or part is ...
-            or type(part) in (bool, int, str)
-            or (type(part) is float and math.isfinite(part))
-        ):
-            return "..." if part is ... else repr(part)
-        if type(part) is tuple and all(type(p) is int for p in part):
-            return repr(part)
-        made = isinstance(part, list | dict) or any(True for _ in _numbers_in(part))
-        return self._made_of(part) if made else self._constant(part, "c")
-
-    def _made_of(self, part: Any) -> str:
-        """Write what is made anew in each call: a list, a dictionary, a tuple with results in it."""
-        if isinstance(part, dict):
-            return "{" + ", ".join(f"{self._constant(key, 'key')}: {self.of(p)}" for key, p in part.items()) + "}"
-        inside = "".join(f"{self.of(p)}, " for p in part).rstrip(" ")
-        if type(part) in (tuple, list):
-            return f"({inside})" if type(part) is tuple else f"[{inside}]"
-        kind = self._constant(type(part), type(part).__name__)
-        return f"{kind}({inside})" if hasattr(part, "_fields") else f"{kind}(({inside}))"
-
-    def _constant(self, value: Any, word: str) -> str:
-        return self._of.get(id(value)) or self._of.setdefault(id(value), self._new(word, value))
-
-    def _new(self, word: str, value: Any = None) -> str:
-        """Return a word that stood for nothing yet."""
-        word = "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "function"
-        word = f"{word}_" if keyword.iskeyword(word) or word[0].isdigit() else word
-        words = itertools.chain([word], map(f"{word}_{{}}".format, itertools.count(2)))
-        new = next(w for w in words if w not in self.known)
-        self.known.setdefault(new, value)
-        return new

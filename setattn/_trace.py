@@ -9,7 +9,7 @@ from typing import Any
 from setattn._adapters import is_about_numbers
 from setattn._call import Call
 from setattn._check import belongs
-from setattn._errors import ArgumentError, DTypeError, NamespaceError, ParameterError, ShapeError
+from setattn._errors import DTypeError, NamespaceError, ParameterError, ShapeError
 from setattn._kernels import compiled, ignoring_underflow, without_gradients
 from setattn._namespace import (
     device_of,
@@ -19,9 +19,10 @@ from setattn._namespace import (
     namespace_of,
     namespace_of_chunks,
     native,
+    snapshot,
     unlike_others,
 )
-from setattn._record import LED_ELSEWHERE, Tape, each, kept, kind_for, program, refuse
+from setattn._record import LED_ELSEWHERE, Tape, each, kind_for, refuse
 from setattn._typing import Array, Namespace, Shape
 from setattn.checkpoints._block import Block
 
@@ -140,9 +141,9 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     -------
     Traced
         A function of the arrays alone, given by position or by name as they were here. It returns what ``function``
-        does: on NumPy, with one thread, the same bits, elsewhere the same to rounding. Where it looks at numbers to
-        choose between two ways, as a norm does for those whose squares would overflow, and finds another one than in
-        the example, it calls ``function`` itself.
+        does: on NumPy, with one thread and contiguous parameters, the same bits, elsewhere the same to rounding. Where
+        it looks at numbers to choose between two ways, as a norm does for those whose squares would overflow, and finds
+        another one than in the example, it calls ``function`` itself.
 
     Raises
     ------
@@ -186,8 +187,8 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
     xp, body = arrays.xp, function
     with without_gradients(xp):
         given = {*arrays.places, *arrays.by_name}  # whose places are left open
-        fixed = each(tuple(None if i in given else a for i, a in enumerate(arguments)), _constant)
-        named = each({key: None if key in given else a for key, a in keywords.items()}, _constant)
+        fixed = _arrays_by(_copy, tuple(None if i in given else a for i, a in enumerate(arguments)))
+        named = _arrays_by(_copy, {key: None if key in given else a for key, a in keywords.items()})
 
         def plain(*data: Array) -> Any:
             args, others = arrays.put(data, fixed, named)
@@ -196,8 +197,6 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
         examples = arrays.of(arguments, keywords)
         try:
             run = compiled(plain, examples, xp)
-        except ArgumentError:
-            raise
         except TypeError as error:
             if is_about_numbers(error):
                 refuse()
@@ -205,25 +204,31 @@ def trace(function: Callable[..., Any] | Block, /, *arguments: Any, **keywords: 
         if run is not None:
             return Traced(arrays, plain, run)
         tape = Tape()
-        recorded = [kind_for(namespace_of(a))(frozen(kept(a)), tape, tape.number()) for a in examples]
-        args, others = arrays.put(recorded, each(fixed, _recorded), each(named, _recorded))
+        recorded = [kind_for(namespace_of(a))(_copy(a), tape, tape.number()) for a in examples]
+        args, others = arrays.put(recorded, _arrays_by(_recorded, fixed), _arrays_by(_recorded, named))
+        from setattn._program import program  # not before a call is traced: few programs do that
+
         run, source = program(name, arrays.names, tape, body(*args, **others))
     return Traced(arrays, plain, ignoring_underflow(run, xp), source)
 
 
-def _constant(a: Any) -> Any:
-    """Copy the arrays of a part of the arguments, so that it stays as it is."""
-    if isinstance(a, Block):
-        return Block(a.function, each(a.params, _constant), a.options, a.layout)
-    return frozen(kept(a))
+def _arrays_by(function: Callable[[Array], Any], part: Any) -> Any:
+    """Apply a function to the arrays of a part of the arguments, and to those of the parameters of blocks in it."""
+
+    def apply(a: Any) -> Any:
+        if isinstance(a, Block):
+            return Block(a.function, each(a.params, apply), a.options, a.layout)
+        return a if namespace_of(a) is None else function(a)
+
+    return each(part, apply)
 
 
-def _recorded(a: Any) -> Any:
-    """Put arrays that are recorded in the place of constants."""
-    if isinstance(a, Block):
-        return Block(a.function, each(a.params, _recorded), a.options, a.layout)
-    xp = namespace_of(a)
-    return a if xp is None else kind_for(xp)(a)
+def _copy(a: Array) -> Array:
+    return frozen(snapshot(a, namespace_of(a)))
+
+
+def _recorded(a: Array) -> Any:
+    return kind_for(namespace_of(a))(a)
 
 
 def _names(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[str]:

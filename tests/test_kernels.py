@@ -142,6 +142,31 @@ def test_the_kernel_inside_vmap(backend, fused, name):
     assert not fused
 
 
+@on_torch
+@pytest.mark.parametrize("part", ["query", "context"])
+def test_the_kernel_takes_any_layout(backend, part):
+    """It goes by the steps between rows alone, and reads what lies beside a row whose own numbers do not."""
+    torch = backend.xp
+    params = setattn.init_attention(8, num_heads=2, rng=0)
+    params = backend.params(params._replace(query=()) if part == "query" else params, "float64")
+    arrays = {"query": torch.randn(5, 8, dtype=torch.float64), "context": torch.randn(7, 8, dtype=torch.float64)}
+    turned = arrays | {part: arrays[part].mT.contiguous().mT}
+    with torch.no_grad():
+        found, wanted = (setattn.attention(*a.values(), params) for a in (turned, arrays))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@on_torch
+def test_the_kernel_over_nothing_looks_at_no_query(backend):
+    """A query that is NaN finds the same nothing as any other, in a set that is all masked."""
+    torch = backend.xp
+    params = backend.params(setattn.init_attention(8, num_heads=2, rng=0), "float32")
+    query, context, mask = torch.full((2, 8, 8), math.nan), torch.randn(2, 7, 8), torch.zeros(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        found = setattn.attention(query, context, params, mask=mask)
+    assert torch.equal(found, params.output.bias.expand(2, 8, 8))
+
+
 # --- few rows with many ----------------------------------------------------------------------------------------------
 
 
@@ -383,28 +408,3 @@ def test_relu_of_numpy(dtype):
     out = _kernels.relu(x.copy(), XP)
     assert out.dtype == dtype
     np.testing.assert_array_equal(out, [0, 0, 0, 0, x[4], 2, math.inf, math.nan])
-
-
-@pytest.mark.parametrize("backend", ["torch"], indirect=True)
-@pytest.mark.parametrize("part", ["query", "context"])
-def test_torch_kernel_of_attention_takes_any_layout(backend, part):
-    """It goes by the steps between rows alone, and reads what lies beside a row whose own numbers do not."""
-    torch = backend.xp
-    params = setattn.init_attention(8, num_heads=2, rng=0)
-    params = backend.params(params._replace(query=()) if part == "query" else params, "float64")
-    arrays = {"query": torch.randn(5, 8, dtype=torch.float64), "context": torch.randn(7, 8, dtype=torch.float64)}
-    turned = arrays | {part: arrays[part].mT.contiguous().mT}
-    with torch.no_grad():
-        found, wanted = (setattn.attention(*a.values(), params) for a in (turned, arrays))
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", ["torch"], indirect=True)
-def test_torch_kernel_of_attention_over_nothing_looks_at_no_query(backend):
-    """A query that is NaN finds the same nothing as any other, in a set that is all masked."""
-    torch = backend.xp
-    params = backend.params(setattn.init_attention(8, num_heads=2, rng=0), "float32")
-    query, context, mask = torch.full((2, 8, 8), math.nan), torch.randn(2, 7, 8), torch.zeros(2, 7, dtype=torch.bool)
-    with torch.no_grad():
-        found = setattn.attention(query, context, params, mask=mask)
-    assert torch.equal(found, params.output.bias.expand(2, 8, 8))

@@ -236,7 +236,7 @@ def test_numpy_arrays_are_created_in_float32():
                 assert "np.float32" in ast.unparse(node), f"{name}:{node.lineno}"
 
 
-def test_backends_are_known_in_three_rooms():
+def test_backends_are_known_in_four_rooms():
     """By names of modules, attributes or classes; and Dask, whose graphs are built by no other library, in one more."""
     for name, tree in TREES.items():
         if name in KNOWING or is_of_files(name):
@@ -333,6 +333,7 @@ LAYERS = [
     {"_adapters"},
     {"_namespace"},
     {"_record"},
+    {"_program"},
     {"_kernels", "_memory"},
     {"_call", "_convert", "_blocks"},
     {"_check"},
